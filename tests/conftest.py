@@ -1,0 +1,43 @@
+"""Shared fixtures: seeds, and the backends that can run here, with the reason for the others."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitslim.ops import use_backend, why_not
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+BACKENDS = ("native", "reference", "triton")
+DEVICES = ("cpu", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def forced(request: pytest.FixtureRequest, device: str):
+    """Returns a function that forces a backend for an op and dtype, or skips with the reason."""
+    undo = []
+
+    def force(op: str, dtype: torch.dtype) -> str:
+        reason = why_not(request.param, op, device, dtype)
+        if reason is not None:
+            pytest.skip(reason)
+        undo.append(use_backend(request.param, op))
+        return request.param
+
+    yield force
+    for each in reversed(undo):
+        each.__exit__()

@@ -1,0 +1,73 @@
+"""Who runs an op: automatic by device and dtype, forced by the user, refused with a reason."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vitslim.ops import ragged_attention, use_backend, why_not
+from vitslim.ops._dispatch import OPS, find
+
+
+def test_the_reference_runs_everything():
+    for op in OPS:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert why_not("reference", op, "cpu", dtype) is None
+
+
+def test_float64_goes_to_the_reference():
+    assert find("ragged_attention", "cpu", torch.float64).__name__ == "vitslim.reference"
+
+
+def test_native_is_chosen_where_it_can_run():
+    reason = why_not("native", "ragged_attention", "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    assert find("ragged_attention", "cpu", torch.float32).__name__ == "vitslim.native"
+
+
+def test_why_not_gives_the_reason():
+    assert "GPU" in why_not("triton", "masked_mlp", "cpu", torch.float32) or (
+        "triton" in why_not("triton", "masked_mlp", "cpu", torch.float32)
+    )
+    with pytest.raises(ValueError, match="no backend is called 'cuda'"):
+        why_not("cuda", "masked_mlp", "cpu", torch.float32)
+
+
+def test_forced_backend_raises_instead_of_giving_way():
+    qkv = torch.randn(1, 4, 12, dtype=torch.float64)
+    with use_backend("native", "ragged_attention"), pytest.raises(RuntimeError, match="cannot run"):
+        ragged_attention(qkv, (4,), 0.5)
+    assert ragged_attention(qkv, (4,), 0.5).shape == (1, 4, 4)
+
+
+def test_use_backend_restores_what_was_there_before():
+    use_backend("reference")
+    try:
+        with use_backend(None, "ragged_attention"), use_backend("native", "masked_mlp"):
+            with pytest.raises(RuntimeError, match="masked_mlp: backend 'native'"):
+                find("masked_mlp", "cpu", torch.float64)
+        assert find("masked_mlp", "cpu", torch.float32).__name__ == "vitslim.reference"
+        assert find("ragged_attention", "cpu", torch.float32).__name__ == "vitslim.reference"
+    finally:
+        use_backend(None)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("reference", "vitslim.reference"), ("fastest", "no backend is called")]
+)
+def test_environment_forces_a_backend(value, said):
+    code = (
+        "import torch; from vitslim.ops._dispatch import find;"
+        "print(find('ragged_attention', 'cpu', torch.float32).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"VITSLIM_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said in done.stdout + done.stderr

@@ -1,0 +1,8 @@
+"""The ops as functions: checked arguments, gradients, and a backend chosen by `_dispatch`."""
+
+from ._dispatch import use_backend, why_not
+from .gated_layer_norm import gated_layer_norm
+from .masked_mlp import masked_mlp
+from .ragged_attention import ragged_attention
+
+__all__ = ["gated_layer_norm", "masked_mlp", "ragged_attention", "use_backend", "why_not"]

@@ -1,0 +1,125 @@
+"""Which backend runs an op: their order, why one cannot, and the force of the user's choice."""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.library import Library
+
+BACKENDS = {
+    "triton": "vitslim.triton_kernels",
+    "native": "vitslim.native",
+    "reference": "vitslim.reference",
+}
+ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+OPS = ("ragged_attention", "masked_mlp", "gated_layer_norm")
+
+LIBRARY = Library("vitslim", "DEF")
+_forced: dict[str, str] = {}
+
+
+class use_backend:  # noqa: N801 (reads as a function, and as a context manager)
+    """Forces a backend, for good or inside a `with` block.
+
+    A forced backend runs or raises with the reason; it never gives way to another one.
+
+    Args:
+        name: "triton", "native", "reference", or None for the automatic choice.
+        op: The op it holds for; every op if absent.
+    """
+
+    def __init__(self, name: str | None, op: str | None = None) -> None:
+        ops = OPS if op is None else (_known(op, OPS, "op"),)
+        self._before = dict(_forced)
+        for each in ops:
+            if name is None:
+                _forced.pop(each, None)
+            else:
+                _forced[each] = _known(name, tuple(BACKENDS), "backend")
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _forced.clear()
+        _forced.update(self._before)
+
+
+def why_not(backend: str, op: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Returns in one phrase why `backend` cannot run `op` there, or None if it can."""
+    module = _load(_known(backend, tuple(BACKENDS), "backend"))
+    kind = torch.device(device).type
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, f"{op}_forward"):
+        return f"{backend} has no {op} yet"
+    if module.DEVICES is not None and kind not in module.DEVICES:
+        return f"{backend} runs on {' and '.join(module.DEVICES)}, not on {kind}"
+    if dtype not in module.DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in module.DTYPES)
+        return f"{backend} takes {names}, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def find(op: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
+    """Returns the backend module that runs `op`: the forced one, or the first that can."""
+    name = _forced.get(op)
+    if name is not None:
+        reason = why_not(name, op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {name!r} was asked for but cannot run: {reason}")
+    else:
+        name = choose(op, torch.device(device).type, dtype)
+    return importlib.import_module(BACKENDS[name])
+
+
+@cache
+def choose(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """Returns the name of the first backend that can run `op`, by device and dtype alone."""
+    for name in ORDER.get(device_type, ("reference",)):
+        if why_not(name, op, device_type, dtype) is None:
+            return name
+    raise TypeError(f"{op}: no backend takes {dtype} on {device_type}; use a floating-point dtype")
+
+
+def define(op: str, name: str, schema: str) -> None:
+    """Defines `vitslim::<name>` with a kernel that asks `find` at every call.
+
+    Autocast is off inside: what a backend accumulates in is its own decision.
+    """
+
+    def kernel(*args: Any) -> Any:
+        device = args[0].device
+        run: Callable[..., Any] = getattr(find(op, device, args[0].dtype), name)
+        if not torch.is_autocast_enabled(device.type):
+            return run(*args)
+        with torch.autocast(device.type, enabled=False):
+            return run(*args)
+
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def _known(name: str, names: tuple[str, ...], what: str) -> str:
+    if name not in names:
+        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(names)}")
+    return name
+
+
+@cache
+def _load(backend: str) -> ModuleType | str:
+    """Returns the backend's module, or the reason why it is not there."""
+    if backend == "triton" and not torch.cuda.is_available():
+        return "triton needs a GPU and torch sees none"
+    try:
+        return importlib.import_module(BACKENDS[backend])
+    except ImportError as error:
+        return str(error)
+
+
+if _environment := os.environ.get("VITSLIM_BACKEND"):
+    use_backend(_environment)
