@@ -1,0 +1,1 @@
+"""The workflow: search, threshold, retrain, and what is told about them."""
