@@ -1,0 +1,56 @@
+// Attention over heads that each have a width of their own, read from one packed projection.
+//
+// With q, k, v the columns of one head, z its part of the mask (all ones without one):
+//   S = scale * (q z)(k z)^T,   P = softmax(S),   out = P (v z),   lse = log(sum(exp(S)))
+// Plain C++: no torch here, so that the kernels build in seconds and against any torch.
+
+#pragma once
+
+#include <cstdint>
+
+namespace vitslim {
+
+enum class DType { FLOAT32, BFLOAT16, FLOAT16 };
+
+// How the caller lends its threads: run(count, body, context) calls body(begin, end, context) on
+// ranges that cover 0..count, at once or one after the other, and returns when all are done.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t count, ParallelBody body, void* context);
+};
+
+// What forward and backward share. D = head_offsets[heads] is the number of columns of q.
+struct RaggedAttentionShape {
+  int64_t batch, tokens, heads;
+  const int64_t* head_offsets;  // [heads + 1], head h owns the columns head_offsets[h]..[h + 1]
+  float scale;
+  DType dtype;               // of qkv, out and their gradients
+  int64_t qkv_batch_stride;  // in elements, as all strides
+  int64_t qkv_token_stride;  // columns lie side by side
+};
+
+struct RaggedAttentionForward {
+  RaggedAttentionShape shape;
+  const void* qkv;    // [batch, tokens, 3 * D]: all heads of q, then of k, then of v
+  const float* mask;  // [D], or null
+  void* out;          // [batch, tokens, D], contiguous
+  float* lse;         // [batch, heads, tokens], contiguous
+};
+
+struct RaggedAttentionBackward {
+  RaggedAttentionShape shape;
+  const void* grad_out;  // [batch, tokens, D]
+  int64_t grad_out_batch_stride, grad_out_token_stride;
+  const void* qkv;    // [batch, tokens, 3 * D]
+  const void* out;    // [batch, tokens, D], contiguous
+  const float* lse;   // [batch, heads, tokens], contiguous
+  const float* mask;  // [D], or null
+  void* grad_qkv;     // [batch, tokens, 3 * D], contiguous
+  float* grad_mask;  // [batch, D], one row for each image for the caller to add up; null if mask is
+};
+
+void ragged_attention_forward_cpu(const RaggedAttentionForward& call, const Threads& threads);
+void ragged_attention_backward_cpu(const RaggedAttentionBackward& call, const Threads& threads);
+
+}  // namespace vitslim
