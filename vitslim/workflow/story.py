@@ -1,0 +1,180 @@
+"""What the numbers of a run say, in words and in table cells that need no explanation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DASH = "\N{EN DASH}"
+
+
+def count(number: float) -> str:
+    """Formats a count with three significant digits: `4.61 G`, `22.1 M`, `950`."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " K")):
+        if abs(number) >= 0.9995 * size:
+            return three_digits(number / size) + unit
+    return str(round(number))
+
+
+def three_digits(number: float) -> str:
+    """Formats a positive number with three significant digits and no exponent."""
+    digits = 0 if number >= 99.95 else 1 if number >= 9.995 else 2 if number >= 0.9995 else 3
+    return f"{number:.{digits}f}"
+
+
+def times(ratio: float) -> str:
+    """Formats a ratio: `1.64x`."""
+    return f"{ratio:.2f}x"
+
+
+def percent(number: float | None) -> str:
+    """Formats a percentage with two decimals, as accuracies are printed in the field."""
+    return DASH if number is None else f"{number:.2f} %"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the cost table, every cell as text."""
+
+    name: str
+    note: str
+    accuracy: str
+    cut_accuracy: str
+    params: str
+    macs: str
+    macs_ratio: str
+    latency: Sequence[tuple[str, str, str]]
+
+
+def latency_sizes(summary: Mapping[str, Any]) -> list[str]:
+    """Lists the measured batch sizes, smallest first."""
+    models = [summary.get("dense"), summary.get("masked"), *summary.get("slim", [])]
+    sizes = {size for model in models if model for size in model.get("latency_ms") or {}}
+    return sorted(sizes, key=int)
+
+
+def accuracy_of(entry: Mapping[str, Any] | None) -> float | None:
+    """Reads the accuracy of an entry of summary.json, if it is there."""
+    return (entry or {}).get("accuracy")
+
+
+def table(summary: Mapping[str, Any]) -> list[Row]:
+    """Makes the cost table: dense, searched, and a line for every slim model."""
+    dense = summary.get("dense") or {}
+    entries: list[tuple[str, str, Mapping[str, Any], float | None, float | None]] = []
+    if dense:
+        entries.append(("dense", "the model before slimming", dense, accuracy_of(dense), None))
+    if masked := summary.get("masked"):
+        entries.append(
+            ("searched", "masks still on, nothing removed", masked, accuracy_of(masked), None)
+        )
+    for slim in summary.get("slim", []):
+        cut, retrained = accuracy_of(slim.get("cut")), accuracy_of(slim.get("retrained"))
+        entries.append((f"slim {slim['budget']}", "really removed", slim, retrained, cut))
+    return [_row(summary, dense, *entry) for entry in entries]
+
+
+def _row(
+    summary: Mapping[str, Any],
+    dense: Mapping[str, Any],
+    name: str,
+    note: str,
+    model: Mapping[str, Any],
+    accuracy: float | None,
+    cut: float | None,
+) -> Row:
+    cells = []
+    for size in latency_sizes(summary):
+        milliseconds = (model.get("latency_ms") or {}).get(size)
+        gain = speed_up(dense, model, size)
+        ratio = macs_ratio(dense, model)
+        # For a model of the same MACs there is no saving to realise.
+        realised = gain / ratio if gain and ratio and ratio > 1.005 else None
+        cells.append(
+            (
+                DASH if milliseconds is None else three_digits(milliseconds),
+                DASH if gain is None else times(gain),
+                DASH if realised is None else f"{100 * realised:.0f} %",
+            )
+        )
+    ratio = macs_ratio(dense, model)
+    return Row(
+        name=name,
+        note=note,
+        accuracy=percent(accuracy),
+        cut_accuracy=percent(cut),
+        params=count(model["params"]) if model.get("params") else DASH,
+        macs=count(model["macs"]) if model.get("macs") else DASH,
+        macs_ratio=DASH if ratio is None else times(ratio),
+        latency=cells,
+    )
+
+
+def macs_ratio(dense: Mapping[str, Any], model: Mapping[str, Any]) -> float | None:
+    """How many times fewer MACs a model does than the dense one."""
+    if dense.get("macs") and model.get("macs"):
+        return float(dense["macs"]) / float(model["macs"])
+    return None
+
+
+def speed_up(dense: Mapping[str, Any], model: Mapping[str, Any], size: str) -> float | None:
+    """How many times faster than the dense model a model was measured to be."""
+    before = (dense.get("latency_ms") or {}).get(size)
+    after = (model.get("latency_ms") or {}).get(size)
+    return float(before) / float(after) if before and after else None
+
+
+def outcome(summary: Mapping[str, Any]) -> list[str]:
+    """Says in a sentence or three for each slim model what was won and what it cost."""
+    dense = summary.get("dense") or {}
+    return [_outcome_of(dense, slim, latency_sizes(summary)) for slim in summary.get("slim", [])]
+
+
+def _outcome_of(dense: Mapping[str, Any], slim: Mapping[str, Any], sizes: Sequence[str]) -> str:
+    text = f"With the budget {slim['budget']} the slim model "
+    ratio = macs_ratio(dense, slim)
+    parts = []
+    if ratio is not None:
+        parts.append(
+            f"does {times(ratio)} fewer multiply-accumulates "
+            f"({count(dense['macs'])} → {count(slim['macs'])})"
+        )
+    if dense.get("params") and slim.get("params"):
+        parts.append(
+            f"has {times(dense['params'] / slim['params'])} fewer parameters "
+            f"({count(dense['params'])} → {count(slim['params'])})"
+        )
+    gains = {size: speed_up(dense, slim, size) for size in sizes}
+    faster = [f"{times(g)} faster at batch {s}" for s, g in gains.items() if g and g >= 1.02]
+    if faster:
+        parts.append("runs " + " and ".join(faster))
+    parts.append(_accuracy_change(accuracy_of(dense), accuracy_of(slim.get("retrained"))))
+    text += _list_of(parts) + "."
+    for size, gain in gains.items():
+        if gain is not None and gain < 1.02:
+            how = "about as fast as" if gain >= 0.98 else f"{times(1 / gain)} slower than"
+            text += (
+                f" It is not faster at batch {size}: it was measured {how} the dense model, "
+                "although it does less arithmetic."
+            )
+        elif gain and ratio and gain < 0.8 * ratio:
+            text += (
+                f" At batch {size} the speed-up is {100 * gain / ratio:.0f} % of what the saved "
+                "arithmetic alone would give."
+            )
+    return text
+
+
+def _accuracy_change(before: float | None, after: float | None) -> str:
+    if after is None:
+        return "has not been retrained yet"
+    if before is None:
+        return f"reaches {percent(after)} top-1 accuracy"
+    numbers = f"({percent(before)} → {percent(after)})"
+    if abs(before - after) < 0.005:
+        return f"keeps the accuracy {numbers}"
+    verb = "loses" if after < before else "gains"
+    return f"{verb} {abs(before - after):.2f} points of accuracy {numbers}"
+
+
+def _list_of(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
