@@ -1,6 +1,7 @@
 """Costs: the paper's table, and PyTorch's own counters on the real modules."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -35,14 +36,22 @@ TABLE = [
 ]
 
 
-def on_meta(name, **kwargs):
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
+@functools.cache
+def dense(name):
+    return timm.create_model(name)
+
+
+def on_meta(name):
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except RuntimeError as error:
+        pytest.skip(f"this timm cannot build on the meta device: {error}")
 
 
 @pytest.mark.parametrize(("name", "budget", "row"), TABLE, ids=lambda v: str(v).split("_p")[0])
 def test_the_papers_table(name, budget, row):
-    reached = even_plan(on_meta(name), budget).reached
+    reached = even_plan(dense(name), budget).reached
     for value, printed in zip((reached["params"] / 1e6, reached["macs"] / 1e9), row, strict=True):
         # The paper prints one decimal, now cut (17.797 as 17.7), now rounded (17.795 as 17.8),
         # now rounded up (3.237 as 3.3): the neighbours of the exact value are what can be held.
@@ -64,9 +73,9 @@ def counted_macs(model):
     size = (1, model.patch_embed.proj.weight.shape[1], *model.patch_embed.img_size)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     # The math form of SDPA, because not every version counts the fused CPU kernel.
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            model(torch.zeros(size))
+    math_form = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, math_form:
+        model(torch.zeros(size))
     return counter.get_total_flops() / 2
 
 
@@ -100,7 +109,7 @@ def test_the_meta_device_gives_the_same_figures():
 
 
 def test_geometry_counts_each_part_once():
-    geometry = Geometry.of(on_meta("deit_small_patch16_224"))
+    geometry = Geometry.of(dense("deit_small_patch16_224"))
     assert geometry.cost().params == 22_050_664
     assert geometry.blocks[0].tokens == 197
     assert geometry.heads[0] == (6, 64)

@@ -54,7 +54,7 @@ def test_the_largest_scores_stay_over_all_layers(tiny):
     plan = threshold(tiny, {"mlp": 0.4}, round_to=1)
     flat = torch.cat(masks.mlp)
     best = set(flat.abs().topk(round(0.4 * len(flat))).indices.tolist())
-    assert {l * 768 + u for l, block in enumerate(plan.blocks) for u in block.hidden} == best
+    assert {i * 768 + u for i, block in enumerate(plan.blocks) for u in block.hidden} == best
 
 
 def test_ties_go_by_index():
@@ -116,7 +116,14 @@ def test_tokens_never_come_back(tiny, rule, fraction):
 
 @pytest.mark.parametrize(
     "budget",
-    ["macs=60%", "macs=0.8G", "params=4M", "params=70%", "macs=50%,token=0.8", "params=4M,macs=60%"],
+    [
+        "macs=60%",
+        "macs=0.8G",
+        "params=4M",
+        "params=70%",
+        "macs=50%,token=0.8",
+        "params=4M,macs=60%",
+    ],
 )
 @pytest.mark.parametrize("round_to", [1, 8, 16])
 def test_params_and_macs_are_met_within_a_percent(tiny, budget, round_to):

@@ -1,7 +1,8 @@
 """vitslim: vision transformers made smaller, and really faster."""
 
-from . import checkpoint as _checkpoint  # registers the slim model with timm
-from .checkpoint import load, save
+from importlib.metadata import PackageNotFoundError, version
+
+from .checkpoint import load, save  # which also registers the slim model with timm
 from .cost import cost
 from .errors import VitslimError
 from .masks import Masks, sparsity_loss
@@ -10,7 +11,11 @@ from .plan import Plan
 from .surgery import mask, slim
 from .workflow.threshold import threshold
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("vitslim")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "Masks",
     "Plan",
@@ -25,5 +30,3 @@ __all__ = [
     "use_backend",
     "why_not",
 ]
-
-del _checkpoint

@@ -34,7 +34,9 @@ def save(model: VisionTransformer, folder: str | os.PathLike[str]) -> None:
         folder: Made if it is not there; files of those names in it are replaced.
     """
     model, folder = unwrapped(model), Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     weights = serialize(state, metadata={"format": "pt"})
     config = _config(model)
     config["vitslim"] = {"sha256": hashlib.sha256(weights).hexdigest()}

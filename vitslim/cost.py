@@ -77,7 +77,7 @@ class Geometry:
         for block in model.blocks:
             select = getattr(block, "tokens", None)
             if isinstance(select, TokenSelect):
-                tokens = prefix + select.kept
+                tokens = prefix + len(select.keep)
             attn, mlp = block.attn, block.mlp
             attn_dim = attn.proj.in_features
             shapes.append(BlockShape(attn_dim, mlp.fc2.in_features, tokens))
@@ -140,7 +140,9 @@ def cost(model: VisionTransformer, plan: Plan | None = None) -> Cost:
     return geometry.cost() if plan is None else geometry.cost(geometry.planned(plan.blocks))
 
 
-def _unit_params(qkv: nn.Linear, proj: nn.Linear, fc1: nn.Linear, fc2: nn.Linear) -> tuple[int, int]:
+def _unit_params(
+    qkv: nn.Linear, proj: nn.Linear, fc1: nn.Linear, fc2: nn.Linear
+) -> tuple[int, int]:
     """Returns the parameters of one attention dimension (q, k, v, proj) and one hidden unit."""
     attention = 3 * (qkv.in_features + (qkv.bias is not None)) + proj.out_features
     return attention, fc1.in_features + (fc1.bias is not None) + fc2.out_features

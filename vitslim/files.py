@@ -23,7 +23,7 @@ def beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         # mkstemp makes files that only the owner reads; give them the ordinary permissions.
         umask = os.umask(0)

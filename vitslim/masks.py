@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,7 @@ class Masks:
         granularity = "head_dim"
         for block in model.blocks:
             masked = block if isinstance(block, MaskedBlock) else None
-            attn = getattr(masked, "attn", None)
+            attn: Any = getattr(masked, "attn", None)
             has_attention = isinstance(attn, MaskedAttention)
             if has_attention:
                 granularity = attn.granularity

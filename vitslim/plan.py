@@ -1,9 +1,10 @@
-"""Plan: what every block of a slim model keeps. Plain data, JSON in and out, standard library only."""
+"""Plan: what every block of a slim model keeps, as JSON. Standard library only."""
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Plan:
             for indices in kept:
                 if not all(isinstance(i, int) and i >= 0 for i in indices):
                     raise ValueError(f"block {index} of the plan has an index that is no index")
-                if any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+                if any(a >= b for a, b in pairwise(indices)):
                     raise ValueError(f"block {index} of the plan has indices that do not increase")
             if block.tokens is not None:
                 if alive is not None and not alive.issuperset(block.tokens):

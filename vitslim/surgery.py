@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import VitslimError
 from .layers import (
@@ -23,6 +23,7 @@ from .layers import (
     TokenSelect,
 )
 from .layers.attention import why_not_attention
+from .layers.intermediates import forward_intermediates
 from .layers.mlp import why_not_mlp
 from .layers.norm import why_not_norm
 from .masks import KINDS, mask_parameters
@@ -54,7 +55,9 @@ def mask(
     _check_model(model, kinds)
     masked = copy.deepcopy(model)
     for index, block in enumerate(masked.blocks):
-        masked.blocks[index] = _mask_block(masked, index, block, granularity, kinds, token_start, skip)
+        masked.blocks[index] = _mask_block(
+            masked, index, block, granularity, kinds, token_start, skip
+        )
     if not mask_parameters(masked):
         raise VitslimError("nothing is left to mask: `kinds` and `skip` leave every block alone")
     masked.no_weight_decay = MethodType(_no_weight_decay, masked)
@@ -99,7 +102,7 @@ def slim(model: VisionTransformer, plan: Plan, fold: bool = True) -> VisionTrans
     for name in ("no_weight_decay", "mask_args"):
         small.__dict__.pop(name, None)
     if len(arriving) < _num_patches(model):
-        small.forward_intermediates = MethodType(_forward_intermediates, small)
+        small.forward_intermediates = MethodType(forward_intermediates, small)
     return small
 
 
@@ -107,18 +110,19 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     """Returns {"model", "args"}: what timm.create_model needs to build the dense model again."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(model).__name__
-    block = model.blocks[0]
     args = dict(getattr(model, "_model_args", {}))
-    # What a user may have changed after creation, or a timm that does not keep the arguments.
+    # What a user may have changed after creation, and what a timm before 1.0.27 does not record.
     args |= {
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
         "in_chans": model.patch_embed.proj.weight.shape[1],
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
+        "class_token": model.cls_token is not None,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads,
+        "num_heads": model.blocks[0].attn.num_heads,
     }
     return {"model": name, "args": {k: v for k, v in args.items() if _is_json(v)}}
 
@@ -126,7 +130,8 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
 def _check_model(model: nn.Module, kinds: tuple[str, ...]) -> None:
     if not isinstance(model, VisionTransformer):
         raise VitslimError(
-            f"a {type(model).__name__} cannot be slimmed: only timm's VisionTransformer can (vit_*, deit_*)"
+            f"a {type(model).__name__} cannot be slimmed: only timm's VisionTransformer can, "
+            "that is its vit_* and deit_* models"
         )
     if "token" in kinds and getattr(model, "dynamic_img_size", False):
         raise VitslimError(
@@ -143,7 +148,7 @@ def _check_model(model: nn.Module, kinds: tuple[str, ...]) -> None:
 def _mask_block(
     model: VisionTransformer,
     index: int,
-    block: nn.Module,
+    block: Any,
     granularity: str,
     kinds: tuple[str, ...],
     token_start: str,
@@ -190,7 +195,7 @@ def _mask_block(
 def _slim_block(
     model: VisionTransformer,
     index: int,
-    block: nn.Module,
+    block: Any,
     keep: BlockPlan,
     arriving: list[int],
     fold: bool,
@@ -212,13 +217,10 @@ def _slim_block(
         block.mlp = SlimMlp.from_timm(block.mlp, keep.hidden, fold)
     if keep.tokens is not None:
         _check_fit(index, "patches", _last([keep.tokens]), _num_patches(model))
-        places = {patch: place for place, patch in enumerate(arriving)}
-        if missing := [patch for patch in keep.tokens if patch not in places]:
+        if missing := sorted(set(keep.tokens) - set(arriving)):
             raise VitslimError(f"blocks.{index} keeps patch {missing[0]}, which was dropped before")
         prefix, weight = model.num_prefix_tokens, block.norm1.weight
-        tokens = TokenSelect(
-            [places[patch] for patch in keep.tokens], len(arriving), prefix, weight.device, weight.dtype
-        )
+        tokens = TokenSelect(keep.tokens, arriving, prefix, weight.device, weight.dtype)
         gates = getattr(block, "tokens", None)
         if fold and gates is not None:
             kept = torch.tensor(keep.tokens, dtype=torch.long, device=weight.device)
@@ -254,41 +256,3 @@ def _is_json(value: Any) -> bool:
 def _no_weight_decay(self: VisionTransformer) -> set[str]:
     """timm's set and the masks, which are never decayed."""
     return set(type(self).no_weight_decay(self)) | {name for name, _ in mask_parameters(self)}
-
-
-def _forward_intermediates(self: VisionTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """timm's forward_intermediates; patches that were dropped by then come back as zeros."""
-    names = ("indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt")
-    names += ("intermediates_only", "output_dict")
-    kwargs |= dict(zip(names, args, strict=False))
-    as_grid = kwargs.pop("output_fmt", "NCHW") == "NCHW"
-    grid = self.patch_embed.grid_size
-
-    def restore(patches: Tensor, index: int) -> Tensor:
-        kept = _kept_after(self.plan, index, grid[0] * grid[1])
-        whole = patches.new_zeros(patches.shape[0], grid[0] * grid[1], patches.shape[2])
-        whole[:, kept] = patches
-        if not as_grid:
-            return whole
-        return whole.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-
-    from timm.models._features import feature_take_indices
-
-    taken, _ = feature_take_indices(len(self.blocks), kwargs.get("indices"))
-    result = type(self).forward_intermediates(self, x, output_fmt="NLC", **kwargs)
-    if isinstance(result, dict):
-        maps = result["image_intermediates"]
-        result["image_intermediates"] = [restore(m, i) for m, i in zip(maps, taken, strict=True)]
-        return result
-    final, maps = (None, result) if kwargs.get("intermediates_only") else result
-    maps = [
-        (restore(m[0], i), m[1]) if isinstance(m, tuple) else restore(m, i)
-        for m, i in zip(maps, taken, strict=True)
-    ]
-    return maps if final is None else (final, maps)
-
-
-def _kept_after(plan: Plan, index: int, num_patches: int) -> list[int]:
-    """Returns the patches still there after block `index`."""
-    kept = [block.tokens for block in plan.blocks[: index + 1] if block.tokens is not None]
-    return kept[-1] if kept else list(range(num_patches))

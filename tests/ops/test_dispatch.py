@@ -46,9 +46,12 @@ def test_forced_backend_raises_instead_of_giving_way():
 def test_use_backend_restores_what_was_there_before():
     use_backend("reference")
     try:
-        with use_backend(None, "ragged_attention"), use_backend("native", "masked_mlp"):
-            with pytest.raises(RuntimeError, match="masked_mlp: backend 'native'"):
-                find("masked_mlp", "cpu", torch.float64)
+        with (
+            use_backend(None, "ragged_attention"),
+            use_backend("native", "masked_mlp"),
+            pytest.raises(RuntimeError, match="masked_mlp: backend 'native'"),
+        ):
+            find("masked_mlp", "cpu", torch.float64)
         assert find("masked_mlp", "cpu", torch.float32).__name__ == "vitslim.reference"
         assert find("ragged_attention", "cpu", torch.float32).__name__ == "vitslim.reference"
     finally:

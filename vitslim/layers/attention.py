@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..ops import ragged_attention
@@ -203,9 +203,7 @@ class SlimAttention(nn.Module):
         dropout_p = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x)  # [B, N, 3 D]
         if attn_mask is not None or is_causal or dropout_p > 0 or exporting():
-            out = padded_attention(
-                qkv, self.head_dims, self.scale, attn_mask, is_causal, dropout_p
-            )
+            out = padded_attention(qkv, self.head_dims, self.scale, attn_mask, is_causal, dropout_p)
         else:
             out = ragged_attention(qkv, self.head_dims, self.scale)
         return self.proj_drop(self.proj(out))

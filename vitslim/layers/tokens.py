@@ -55,11 +55,12 @@ class TokenSelect(nn.Module):
     """Lets the kept patches through and removes the others from the sequence, for good.
 
     Args:
-        keep: Positions, among the patches that arrive, of those that stay.
-        arriving: How many patches arrive.
+        keep: The patches that stay, by their number in the image.
+        arriving: The patches that arrive, in the order of the sequence.
         num_prefix_tokens: Tokens before the patches; they always stay.
 
     Attributes:
+        keep: As given.
         gate: [num_prefix_tokens + len(keep)], what the gates of the kept tokens learned. A
             constant: it scales normed rows, which no weight can absorb.
     """
@@ -67,20 +68,21 @@ class TokenSelect(nn.Module):
     def __init__(
         self,
         keep: Sequence[int],
-        arriving: int,
+        arriving: Sequence[int],
         num_prefix_tokens: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.arriving, self.kept = arriving, len(keep)
-        rows = [*range(num_prefix_tokens), *(num_prefix_tokens + place for place in keep)]
+        self.keep, self.arriving = list(keep), len(arriving)
+        places = {patch: num_prefix_tokens + place for place, patch in enumerate(arriving)}
+        rows = [*range(num_prefix_tokens), *(places[patch] for patch in keep)]
         self.register_buffer("rows", torch.tensor(rows, device=device), persistent=False)
         self.register_buffer("gate", torch.ones(len(rows), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [B, prefix + arriving, C] to [B, prefix + kept, C]."""
-        return x if self.kept == self.arriving else x.index_select(1, self.rows)
+        return x if len(self.keep) == self.arriving else x.index_select(1, self.rows)
 
     def extra_repr(self) -> str:
-        return f"{self.arriving} -> {self.kept} patches"
+        return f"{self.arriving} -> {len(self.keep)} patches"

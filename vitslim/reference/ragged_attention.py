@@ -10,7 +10,7 @@ Backward, with q' = q z and so on, G the gradient of O and delta = rowsum(G * O)
     grad_q = grad_q' z   grad_z = sum over batch and tokens of grad_q' q + grad_k' k + grad_v' v
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,5 +60,5 @@ def _masked(qkv: Tensor, mask: Tensor | None) -> Tensor:
     return accumulated if mask is None else accumulated * mask.repeat(3)
 
 
-def _heads(qkv: Tensor, head_dims: Sequence[int]) -> zip:
+def _heads(qkv: Tensor, head_dims: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(part.split(list(head_dims), -1) for part in qkv.chunk(3, -1)), strict=True)

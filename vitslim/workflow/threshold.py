@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..cost import Cost, Geometry
 from ..errors import VitslimError
 from ..masks import KINDS, Masks
-from ..plan import BlockPlan, Plan
+from ..plan import Plan
 from ..surgery import describe
 from .ranking import Ranking
 
@@ -67,9 +68,7 @@ def threshold(
     return Plan(describe(model), asked, reached._asdict(), round_to, blocks)
 
 
-def even_plan(
-    model: VisionTransformer, budget: Mapping[str, Any] | str, round_to: int = 1
-) -> Plan:
+def even_plan(model: VisionTransformer, budget: Mapping[str, Any] | str, round_to: int = 1) -> Plan:
     """Returns a plan that spreads the cut evenly, for its cost before any search was run.
 
     Attention and MLP take part, tokens only where the budget names them.
@@ -201,12 +200,13 @@ def _largest(
 
     smallest, whole = ({k: ranking.exact(k, f) for k in free} for f in (0.0, 1.0))
     low, high = cost_at(smallest)._asdict(), cost_at(whole)._asdict()
+    dense = geometry.cost()._asdict()
     for name, limit in limits.items():
-        if not low[name] <= limit + 0.5 or limit > geometry.cost()._asdict()[name] + 0.5:
+        if not low[name] <= limit + 0.5 or limit > dense[name] + 0.5:
             raise VitslimError(
                 f"{name} {_amount(limit)} is out of reach: this search can give from "
                 f"{_amount(low[name])} to {_amount(high[name])} "
-                f"({100 * low[name] / geometry.cost()._asdict()[name]:.0f}% to 100% of the dense model)"
+                f"({100 * low[name] / dense[name]:.0f}% to 100% of the dense model)"
             )
     # One common fraction first, in steps finer than a unit; then each kind alone takes what room
     # is left, because all kinds rounding up at once can leave some.
@@ -214,10 +214,17 @@ def _largest(
     step = _bisect(steps, lambda s: fits({k: ranking.exact(k, s / steps) for k in free}))
     counts = {kind: ranking.exact(kind, step / steps) for kind in free}
     for kind in free:
-        start, room = counts[kind], ranking.count(kind) - counts[kind]
-        more = _bisect(room, lambda m, k=kind, s=start: fits(counts | {k: s + m}))
+        start, others = counts[kind], dict(counts)
+        room = ranking.count(kind) - start
+        more = _bisect(room, partial(_fits_with, fits, others, kind, start))
         counts[kind] = start + more
     return counts
+
+
+def _fits_with(
+    fits: Callable[[dict[str, int]], bool], counts: dict[str, int], kind: str, start: int, more: int
+) -> bool:
+    return fits({**counts, kind: start + more})
 
 
 def _bisect(top: int, holds: Callable[[int], bool]) -> int:

@@ -1,0 +1,54 @@
+# make run    set up if needed, then the main job: search, cut and retrain a ViT on real images
+# make test   set up if needed, then the tests
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+OUTPUT ?= runs/digits
+# The extension is built against the torch that is installed, not against a second download.
+INSTALL = $(PY) -m pip install -v --no-build-isolation --no-deps
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: run test bench lint format gpu asan clean
+
+run: $(VENV)/.built
+	$(PY) -m vitslim run --data digits --budget macs=60% --output $(OUTPUT) --resume
+	@echo "report: $(OUTPUT)/report/index.html"
+
+test: $(VENV)/.built
+	$(PY) -m pytest
+
+bench: $(VENV)/.built
+	$(PY) -m pytest benchmarks
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+# The suite of a machine with a GPU and its own torch: build, tests, memory checks, benchmarks.
+GPU_PY ?= python3
+gpu:
+	$(GPU_PY) -m pip install -v --no-build-isolation --no-deps .
+	$(GPU_PY) -m pytest tests/ops tests/layers tests/test_surgery.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(GPU_PY) -m pytest tests/ops -k "cuda and strided"
+	$(GPU_PY) -m pytest benchmarks
+
+clean:
+	rm -rf build dist *.egg-info vitslim/_C*.so $(VENV)/.built
+
+$(VENV)/.installed: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@$(INSTALL) -e . > $(VENV)/build.log 2>&1 || { tail -40 $(VENV)/build.log; exit 1; }
+	@grep -h "vitslim: " $(VENV)/build.log | tail -1
+	touch $@

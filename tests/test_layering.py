@@ -1,0 +1,91 @@
+"""The house rules that a tool can hold: imports point down, files hold one idea."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "vitslim").rglob("*.py"))
+# Who may import whom, top to bottom; `ops` reaches the backends by name, in _dispatch alone.
+LEVELS = {
+    "cli": 9,
+    "workflow": 7,
+    "checkpoint": 6,
+    "surgery": 5,
+    "cost": 5,
+    "info": 5,
+    "masks": 4,
+    "layers": 3,
+    "ops": 2,
+    "native": 1,
+    "reference": 1,
+    "triton_kernels": 1,
+    "plan": 0,
+    "files": 0,
+    "errors": 0,
+}
+
+
+def room(path):
+    first = path.relative_to(ROOT / "vitslim").parts[0].removesuffix(".py")
+    return "cli" if first.startswith(("cli", "__main__")) else first
+
+
+def imported_rooms(path):
+    """Yields the rooms of the package that a file imports."""
+    depth = len(path.relative_to(ROOT / "vitslim").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            if node.level == depth:
+                yield from [parts[0]] if parts[0] else [alias.name for alias in node.names]
+            elif node.level == 0 and parts[0] == "vitslim":
+                yield from parts[1:2] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (n.name.split(".")[1] for n in node.names if n.name.startswith("vitslim."))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path):
+    if path == ROOT / "vitslim/__init__.py":
+        return
+    own = room(path)
+    for other in imported_rooms(path):
+        if other in ("__version__", "_C", own):
+            continue
+        assert other in LEVELS, f"{path.name} imports {other}, which has no level yet"
+        assert LEVELS[other] < LEVELS[own], f"{own} must not import {other}"
+
+
+def test_one_file_chooses_backends():
+    naming = [p for p in LIBRARY if '"vitslim.native"' in p.read_text()]
+    assert naming == [ROOT / "vitslim/ops/_dispatch.py"]
+
+
+def test_one_file_swaps_modules():
+    makers = ("MaskedBlock(", "SlimBlock(")
+    users = {p.name for p in LIBRARY for maker in makers if f"return {maker}" in p.read_text()}
+    assert users == {"surgery.py"}
+
+
+def test_the_triton_backend_stands_alone():
+    for path in (ROOT / "triton_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in ("torch", "triton", "collections")
+
+
+def test_no_library_file_holds_two_ideas():
+    sources = [*LIBRARY, *(ROOT / "triton_kernels").glob("*.py")]
+    sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    lengths = {path: len(path.read_text().splitlines()) for path in sources}
+    assert {path.name: length for path, length in lengths.items() if length > 400} == {}
+    assert sorted(lengths.values())[len(lengths) // 2] <= 140
+
+
+def test_kernels_know_neither_torch_nor_python():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.name != "module.cpp":
+            for line in path.read_text().splitlines():
+                assert not line.startswith(("#include <torch", "#include <Python", "#include <pybi"))
