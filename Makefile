@@ -8,7 +8,7 @@ OUTPUT ?= runs/digits
 INSTALL = $(PY) -m pip install -v --no-build-isolation --no-deps
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: run test bench lint format gpu asan clean
+.PHONY: run test test-oldest-timm bench lint format gpu asan clean
 
 run: $(VENV)/.built
 	$(PY) -m vitslim run --data digits --budget macs=60% --output $(OUTPUT) --resume
@@ -18,7 +18,7 @@ test: $(VENV)/.built
 	$(PY) -m pytest
 
 bench: $(VENV)/.built
-	$(PY) -m pytest benchmarks
+	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -38,7 +38,27 @@ gpu:
 	$(GPU_PY) -m pytest tests/ops tests/layers tests/test_surgery.py
 	compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(GPU_PY) -m pytest tests/ops -k "cuda and strided"
-	$(GPU_PY) -m pytest benchmarks
+	$(GPU_PY) -m pytest benchmarks -c benchmarks/pytest.ini
+
+# The kernels under AddressSanitizer and UBSan, in a copy so that the ordinary build stays.
+ASAN := build/asan
+asan: $(VENV)/.installed
+	rm -rf $(ASAN) && mkdir -p $(ASAN)
+	cp -r csrc vitslim triton_kernels tests setup.py pyproject.toml README.md LICENSE $(ASAN)
+	rm -f $(ASAN)/vitslim/_C*.so
+	cd $(ASAN) && VITSLIM_SANITIZE=address,undefined VITSLIM_CUDA=0 \
+	  $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd $(ASAN) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(abspath $(PY)) -m pytest tests/ops/test_ragged_attention.py tests/ops/test_native.py \
+	  -k "native or instruction" -p no:cacheprovider
+
+# The oldest timm that is supported; the tests of everything that touches timm.
+OLDEST_TIMM := 1.0.16
+test-oldest-timm: $(VENV)/.built
+	$(PY) -m pip install -q --no-deps --target build/timm-$(OLDEST_TIMM) --upgrade timm==$(OLDEST_TIMM)
+	PYTHONPATH=build/timm-$(OLDEST_TIMM) $(PY) -m pytest -q \
+	  tests/layers tests/test_surgery.py tests/test_checkpoint.py tests/test_cost.py
 
 clean:
 	rm -rf build dist *.egg-info vitslim/_C*.so $(VENV)/.built

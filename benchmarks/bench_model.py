@@ -5,6 +5,8 @@ head and every layer draws its own level. Tokens are all kept, so the ratio of t
 perfect implementation would gain.
 """
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -32,8 +34,6 @@ def searched(dense: nn.Module) -> nn.Module:
 
 def padded(slim: nn.Module) -> nn.Module:
     """Returns a copy whose attention pads every head to the widest for SDPA."""
-    import copy
-
     twin = copy.deepcopy(slim)
     for module in twin.modules():
         if isinstance(module, SlimAttention):
@@ -46,6 +46,7 @@ def padded(slim: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("size", [shape.name for shape in DEIT])
 def bench_inference(compare, size, batch):
+    torch.compiler.reset()  # each shape is compiled for itself
     dense = timm.create_model(NAMES[size]).eval()
     masked = searched(dense).eval()
     plan = vitslim.threshold(masked, "macs=60%", round_to=8)

@@ -67,6 +67,7 @@ def saved_mib(model: nn.Module, x: Tensor) -> float:
 
 @pytest.mark.parametrize("size", NAMES)
 def bench_search_step(compare, size):
+    torch.compiler.reset()
     model = timm.create_model(NAMES[size])
     x, target = torch.randn(BATCH, 3, 224, 224), torch.randint(0, 1000, (BATCH,))
     masked = vitslim.mask(model)

@@ -52,6 +52,7 @@ def test_imports_point_down(path):
         return
     own = room(path)
     for other in imported_rooms(path):
+        other = "cli" if other.startswith("cli") else other
         if other in ("__version__", "_C", own):
             continue
         assert other in LEVELS, f"{path.name} imports {other}, which has no level yet"
@@ -87,5 +88,5 @@ def test_no_library_file_holds_two_ideas():
 def test_kernels_know_neither_torch_nor_python():
     for path in (ROOT / "csrc").rglob("*"):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.name != "module.cpp":
-            for line in path.read_text().splitlines():
-                assert not line.startswith(("#include <torch", "#include <Python", "#include <pybi"))
+            included = [line for line in path.read_text().splitlines() if "#include" in line]
+            assert not any(name in line for line in included for name in ("torch", "Python", "pyb"))

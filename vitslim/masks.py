@@ -1,5 +1,6 @@
 """Masks: what a search learned, read from a model, penalised, saved, loaded."""
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,24 +69,25 @@ class Masks:
             for index, values in enumerate(getattr(self, kind))
             if values is not None
         }
-        metadata = {"blocks": str(len(self.mlp)), "granularity": self.granularity}
-        atomic_safetensors(path, tensors, metadata)
+        # One key, because safetensors writes several in no particular order.
+        facts = {"blocks": len(self.mlp), "granularity": self.granularity}
+        atomic_safetensors(path, tensors, {"masks": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Masks":
         """Reads what `save` wrote; raises VitslimError if it is anything else."""
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
+                facts = json.loads((file.metadata() or {})["masks"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            depth = int(metadata["blocks"])
+            depth, granularity = int(facts["blocks"]), str(facts["granularity"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise VitslimError(f"cannot read masks from {path}: {error}") from None
         columns = {
             kind: [tensors.get(f"blocks.{index}.{kind}") for index in range(depth)]
             for kind in KINDS
         }
-        return cls(**columns, granularity=metadata.get("granularity", "head_dim"))
+        return cls(**columns, granularity=granularity)
 
 
 def mask_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -45,3 +45,12 @@ def ragged_attention_backward(
     The same bits on every run and for every number of threads.
     """
     return _OPS.ragged_attention_backward(grad_out, qkv, out, lse, head_dims, scale, mask)
+
+
+def build_info() -> dict[str, object]:
+    """Returns the compiler, whether CUDA and sanitizers are in, and the instruction set in use."""
+    return {
+        **_C.build_info(),
+        "instruction_set": _C.instruction_set(),
+        "instruction_sets": _C.instruction_sets(),
+    }

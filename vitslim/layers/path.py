@@ -7,9 +7,20 @@ way only where a committed benchmark shows that it wins. This is the one place t
 import torch
 from timm.layers import is_exportable
 
-# (layer, device): does the fused op run? The figures are ratios of medians from one run of the
-# benchmark named, on the machine named in benchmarks/results; above 1 the fused op is faster.
-_FUSED: dict[tuple[str, str], bool] = {}
+# (layer, device): does the fused op run? Time of a DeiT-T search step at batch 8 over timm's step
+# without masks, medians of one interleaved run (benchmarks/bench_search_step.py shows the first):
+#   0.93  masks folded, then ragged_attention on the dense heads
+#   0.95  ragged_attention with the mask inside
+#   0.98  the first, and gated_layer_norm
+#   1.02  masks folded, then scaled_dot_product_attention
+#   1.08  the first, and masked_mlp
+_FUSED = {
+    ("dense attention", "cpu"): True,
+    ("MaskedAttention", "cpu"): False,
+    ("GatedLayerNorm", "cpu"): False,
+    ("MaskedMlp", "cpu"): False,
+    ("SlimMlp", "cpu"): False,
+}
 
 
 def fused(layer: str, device: torch.device) -> bool:

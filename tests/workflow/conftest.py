@@ -1,0 +1,65 @@
+"""A tiny model and tiny data, so that a whole stage takes about a second."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from vitslim.workflow.settings import Settings, settings_for
+from vitslim.workflow.world import World
+
+TINY = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread here and in subprocesses: bit-equality is promised for equal threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def world() -> World:
+    return World(torch.device("cpu"))
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **TINY)
+
+
+@pytest.fixture
+def quick() -> Settings:
+    return settings_for("search", {"epochs": 3, "batch_size": 256, "device": "cpu"})
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An image folder of two classes: 16 + 16 images to train on, 4 + 4 held out."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 128, (12, 12, 3)) + 127 * label
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
+    return tmp_path / "images"

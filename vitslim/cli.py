@@ -1,0 +1,264 @@
+"""The `vitslim` command: parses, delegates, prints. What it delegates to does the work."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .cli_options import parse
+from .cli_verbs import build_parser
+from .errors import VitslimError
+
+# torch and timm are imported inside the verbs, where they are needed.
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; a user's error is one sentence on stderr and exit status 2."""
+    try:
+        given = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
+        VERBS[given.pop("verb")](given)
+    except VitslimError as error:
+        print(f"vitslim: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vitslim: interrupted; --resume goes on from the last epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(given: dict[str, Any]) -> None:
+    from .workflow.run import Job, run
+    from .workflow.settings import STAGES, settings_for
+
+    record = {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()}
+    output, resume = Path(_need(given, "output")), given.pop("resume", False)
+    record.pop("resume", None)
+    budgets = tuple(_need(given, "budget"))
+    mask, threshold = _part(given, MASK), _part(given, THRESHOLD)
+    fold, pretrained = given.pop("fold", True), given.pop("pretrained", False)
+    kwargs = given.pop("model_kwargs", {})
+    digits = given.get("data", "digits") == "digits"
+    model = given.pop("model", "digits" if digits else None)
+    if model is None:
+        raise VitslimError("--model is needed: a timm name or a saved folder.")
+    if digits:
+        threshold = {"round_to": 4} | threshold
+    stages = {stage: settings_for(stage, _of_stage(given, stage)) for stage in STAGES}
+    job = Job(
+        output, budgets, stages, model, pretrained, kwargs, mask, threshold, fold, resume, record
+    )
+    run(job)
+
+
+def _search(given: dict[str, Any]) -> None:
+    from .workflow.models import open_model
+    from .workflow.search import search
+    from .workflow.settings import settings_for
+    from .workflow.world import open_world, seed_everything
+
+    name, output, mask = given.pop("model"), Path(_need(given, "output")), _part(given, MASK)
+    resume = given.pop("resume", False)
+    options = _part(given, ("pretrained", "model_kwargs"))
+    settings = settings_for("search", given)
+    world = open_world(settings.device)
+    seed_everything(settings.seed, 0)
+    search(open_model(name, **options), settings, output, world, **mask, resume=resume, base=name)
+
+
+def _threshold(given: dict[str, Any]) -> None:
+    from .checkpoint import load
+    from .masks import Masks
+    from .workflow.latency_budget import plan_for
+    from .workflow.models import meta_model
+    from .workflow.threshold import budget_name, parse_budget
+
+    folder = _search_folder(given["search"])
+    budgets = [parse_budget(text) for text in _need(given, "budget")]
+    output, options = Path(given.get("output", folder / "plans")), _part(given, THRESHOLD)
+    masks = Masks.load(folder / "masks.safetensors")
+    timed = any("latency" in budget for budget in budgets)
+    model = load(folder) if timed else meta_model(str(folder))
+    done = []
+    for budget in budgets:
+        began = time.perf_counter()
+        plan = plan_for(model, budget, masks, **options)
+        took = (time.perf_counter() - began) * 1e3
+        path = output / f"{budget_name(budget)}.json"
+        plan.save(path)
+        done.append({"plan": str(path), **plan.reached})
+        if "json" not in given:
+            print(f"{path}: {_figures(**plan.reached)}, planned in {took:.0f} ms")
+    if "json" in given:
+        print(json.dumps(done))
+
+
+def _retrain(given: dict[str, Any]) -> None:
+    from .checkpoint import load
+    from .workflow.models import open_plan
+    from .workflow.retrain import retrain
+    from .workflow.settings import settings_for
+    from .workflow.world import open_world
+
+    masked, plan = load(_search_folder(given.pop("search"))), open_plan(given.pop("plan"))
+    output, resume = Path(_need(given, "output")), given.pop("resume", False)
+    fold, teacher = given.pop("fold", True), given.pop("teacher", None)
+    settings = settings_for("retrain", given)
+    if settings.distill_loss_weight and teacher is None:
+        raise VitslimError("--distill-loss-weight needs --teacher, the dense model to imitate.")
+    world = open_world(settings.device)
+    result = retrain(
+        masked,
+        plan,
+        settings,
+        output,
+        world,
+        fold=fold,
+        teacher=None if teacher is None else load(teacher),
+        resume=resume,
+    )
+    if world.primary:
+        print(f"{output}: accuracy {result['retrained']['accuracy']:.2f} %")
+
+
+def _eval(given: dict[str, Any]) -> None:
+    from .workflow.data import open_data
+    from .workflow.models import open_model
+    from .workflow.settings import settings_for
+    from .workflow.train import evaluate
+    from .workflow.world import open_world
+
+    name, as_json = given.pop("model"), given.pop("json", False)
+    options = _part(given, ("pretrained", "model_kwargs"))
+    settings = settings_for("dense", {"batch_size": 64, **given})
+    world = open_world(settings.device)
+    model = open_model(name, **options).to(world.device)
+    accuracy = evaluate(model, open_data(settings, model, world), world, settings.amp)
+    if world.primary:
+        facts = {"model": name, "data": settings.data, "accuracy": accuracy}
+        print(json.dumps(facts) if as_json else f"{name}: accuracy {accuracy:.2f} %")
+
+
+def _cost(given: dict[str, Any]) -> None:
+    from .cost import cost
+    from .workflow.latency import input_shape
+    from .workflow.models import meta_model, open_plan
+    from .workflow.threshold import even_plan, parse_budget
+
+    if "budget" in given and "plan" in given:
+        raise VitslimError("--budget and --plan exclude each other.")
+    model = meta_model(given["model"], given.get("model_kwargs"))
+    facts = {
+        "model": given["model"],
+        "img_size": input_shape(model)[1],
+        "dense": cost(model)._asdict(),
+    }
+    plan = open_plan(given["plan"]) if "plan" in given else None
+    if "budget" in given:
+        plan = even_plan(model, parse_budget(given["budget"]), given.get("round_to", 1))
+    if plan is not None:
+        facts["slim"] = cost(model, plan)._asdict()
+    if "json" in given:
+        print(json.dumps(facts))
+        return
+    print(f"{facts['model']} at {facts['img_size']} pixels")
+    for name in ("dense", "slim"):
+        if name in facts:
+            print(f"  {name}: {_figures(**facts[name])}")
+
+
+def _export(given: dict[str, Any]) -> None:
+    from .checkpoint import load
+    from .workflow.export import export
+
+    path = Path(_need(given, "output"))
+    form = given.get("format", "onnx" if path.suffix == ".onnx" else "pt2")
+    difference = export(load(given["model"]), path, form, given.get("batch_size"))
+    print(f"{path}: {form}, largest difference from the model {difference:.1e}")
+
+
+def _bench(given: dict[str, Any]) -> None:
+    from .workflow.latency import format_table, measure
+    from .workflow.models import open_model
+    from .workflow.world import open_world
+
+    names = given["models"]
+    if len(names) == 1 and (Path(names[0]) / "search" / "config.json").exists():
+        run = Path(names[0])
+        names = [str(p) for p in (run / "dense", run / "search", *sorted(run.glob("slim/*")))]
+    device = open_world(given.get("device", "auto")).device
+    models = {name: open_model(name).to(device) for name in names}
+    sizes, seconds = given.get("batch_size", (1, 32)), given.get("seconds", 1.0)
+    latency = measure(models, sizes, seconds=seconds)
+    print(json.dumps(latency) if "json" in given else format_table(latency))
+
+
+def _report(given: dict[str, Any]) -> None:
+    from .workflow.report import report
+
+    print(report(given["run"]))
+
+
+def _info(given: dict[str, Any]) -> None:
+    from .info import format_info, info
+
+    facts = info()
+    print(json.dumps(facts, default=str) if "json" in given else format_info(facts))
+
+
+VERBS = {
+    "run": _run,
+    "search": _search,
+    "threshold": _threshold,
+    "retrain": _retrain,
+    "eval": _eval,
+    "cost": _cost,
+    "export": _export,
+    "bench": _bench,
+    "report": _report,
+    "info": _info,
+}
+MASK = ("granularity", "kinds", "token_start", "skip")
+THRESHOLD = ("round_to", "token_rule", "floor")
+
+
+def _need(given: dict[str, Any], name: str) -> Any:
+    if name not in given:
+        raise VitslimError(f"--{name} is needed.")
+    return given.pop(name)
+
+
+def _part(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Takes the named options out of those given."""
+    return {name: given.pop(name) for name in names if name in given}
+
+
+def _of_stage(given: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Picks the settings of one stage: those for all stages, then those for it alone."""
+    from .workflow.settings import ONLY_IN, STAGES
+
+    prefixes = tuple(f"{each}_" for each in STAGES)
+    shared = {
+        name: value
+        for name, value in given.items()
+        if not name.startswith(prefixes) and ONLY_IN.get(name, stage) == stage
+    }
+    own = {n[len(stage) + 1 :]: v for n, v in given.items() if n.startswith(f"{stage}_")}
+    return {**shared, **own}
+
+
+def _search_folder(name: str) -> Path:
+    """Accepts a search's folder or the run folder around it."""
+    folder = Path(name)
+    inner = folder / "search"
+    return inner if (inner / "masks.safetensors").exists() else folder
+
+
+def _figures(params: float, macs: float) -> str:
+    from .workflow.story import count
+
+    return f"{count(params)} parameters, {count(macs)} MACs"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

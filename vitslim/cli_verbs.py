@@ -1,0 +1,225 @@
+"""What each verb of the command line takes."""
+
+import argparse
+import dataclasses
+import textwrap
+from typing import Any
+
+from .cli_options import (
+    BUDGET_HELP,
+    Parser,
+    add_fold,
+    add_json,
+    add_masks,
+    add_model,
+    add_model_kwargs,
+    add_output,
+    add_planning,
+    add_setting,
+    add_settings,
+    add_settings_of_run,
+)
+from .workflow.settings import Settings
+
+
+def build_parser() -> Parser:
+    """Builds the parser of `vitslim` with one subparser per verb."""
+    parser = Parser(
+        prog="vitslim",
+        description="Makes vision transformers smaller, and really faster: search, threshold, "
+        "retrain.",
+        epilog="example:\n  vitslim run --data digits --budget macs=60% --output runs/digits\n\n"
+        "vitslim VERB --help tells about each verb.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for add in (_run, _search, _threshold, _retrain, _eval, _cost, _export, _bench, _report, _info):
+        add(verbs)
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, usage: str, what: str, example: str, config: bool = False
+) -> Parser:
+    parser: Parser = verbs.add_parser(
+        name,
+        help=what,
+        usage=f"vitslim {name} {usage}",
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example:\n{textwrap.indent(example, '  ')}",
+    )
+    if config:
+        parser.add_argument("-c", "--config", metavar="YAML", help="options by name; flags win")
+    return parser
+
+
+def _run(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "run",
+        "--budget BUDGET --output DIR [options]",
+        "search, threshold, retrain and report in one folder",
+        "vitslim run --data digits --budget macs=60% --output runs/digits\n"
+        "vitslim run --model deit_small_patch16_224 --pretrained --data folder:IMAGENET "
+        "--budget macs=60% --output runs/deit-s",
+        config=True,
+    )
+    parser.add_argument("--budget", action="append", metavar="BUDGET", help=BUDGET_HELP)
+    add_output(parser, "the run folder")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a timm name or a saved folder; without "
+        "weights it is trained first [for digits: a small ViT]",
+    )
+    parser.add_argument(
+        "--pretrained", action=argparse.BooleanOptionalAction, help="let timm load its weights [no]"
+    )
+    add_model_kwargs(parser)
+    add_fold(parser)
+    add_masks(parser)
+    add_planning(parser, "8; digits 4")
+    add_settings_of_run(parser)
+
+
+def _search(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "search",
+        "MODEL --output DIR [options]",
+        "learn masks of a model: step one",
+        "vitslim search deit_small_patch16_224 --pretrained --data folder:IMAGENET "
+        "--output runs/search",
+        config=True,
+    )
+    add_model(parser)
+    add_output(parser, "where the masked model, its masks and the states go")
+    add_masks(parser)
+    add_settings(parser, "search")
+
+
+def _threshold(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "threshold",
+        "SEARCH --budget BUDGET [options]",
+        "cut what a search learned to any number of budgets: step two",
+        "vitslim threshold runs/digits --budget macs=60% --budget params=200K",
+    )
+    parser.add_argument("search", metavar="SEARCH", help="a search's folder, or a run's")
+    parser.add_argument("--budget", action="append", metavar="BUDGET", help=BUDGET_HELP)
+    parser.add_argument("--output", metavar="DIR", help="where NAME.json goes [SEARCH/plans]")
+    add_planning(parser)
+    add_json(parser)
+
+
+def _retrain(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "retrain",
+        "SEARCH PLAN --output DIR [options]",
+        "cut a searched model to a plan and train what is left: step three",
+        "vitslim retrain runs/search runs/search/plans/macs-60.json "
+        "--data folder:IMAGENET --output runs/slim",
+        config=True,
+    )
+    parser.add_argument("search", metavar="SEARCH", help="a search's folder, or a run's")
+    parser.add_argument("plan", metavar="PLAN", help="a plan that `vitslim threshold` wrote")
+    add_output(parser, "where the slim model and the states go")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="saved dense model for --distill-loss-weight"
+    )
+    add_fold(parser)
+    add_settings(parser, "retrain")
+
+
+def _eval(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "eval",
+        "MODEL [options]",
+        "measure the accuracy of a model on held-out images",
+        "vitslim eval runs/digits/slim/macs-60 --data digits",
+        config=True,
+    )
+    add_model(parser)
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for name in ("data", "data_dir", "batch_size", "crop_pct", "workers", "device", "amp"):
+        add_setting(parser, fields[name], "", fields[name].metadata["help"])
+    add_json(parser)
+
+
+def _cost(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "cost",
+        "MODEL [options]",
+        "count parameters and MACs of a model, dense and cut",
+        "vitslim cost deit_small_patch16_224 --budget attention=0.7,mlp=0.7 --json",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a timm name or a saved folder")
+    parser.add_argument(
+        "--budget",
+        metavar="BUDGET",
+        help="cut evenly, before any search: macs=60%%, params=12M or attention=0.7,mlp=0.7",
+    )
+    parser.add_argument("--plan", metavar="PLAN", help="a plan that `vitslim threshold` wrote")
+    parser.add_argument("--round-to", type=int, metavar="N", help="widths are multiples of N [1]")
+    add_model_kwargs(parser)
+    add_json(parser)
+
+
+def _export(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "export",
+        "MODEL --output FILE [options]",
+        "write a model for other runtimes",
+        "vitslim export runs/digits/slim/macs-60 --output slim.onnx",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a saved folder")
+    parser.add_argument("--output", metavar="FILE", help="the file to write")
+    parser.add_argument("--format", choices=("pt2", "onnx"), help="[by the end of FILE, or pt2]")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="fix the batch size [any]")
+
+
+def _bench(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "bench",
+        "MODEL [MODEL ...] [options]",
+        "measure latency of models, side by side",
+        "vitslim bench runs/digits/dense runs/digits/slim/macs-60\nvitslim bench runs/digits",
+    )
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="saved folders, timm names, or one run folder; the first is the one compared with",
+    )
+    parser.add_argument("--batch-size", type=int, nargs="+", metavar="N", help="[1 32]")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="how long each model is timed at each batch size [1]",
+    )
+    parser.add_argument("--device", help="auto, cpu or cuda [auto]")
+    add_json(parser)
+
+
+def _report(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "report", "RUN", "draw the report of a run again", "vitslim report runs/digits"
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+
+
+def _info(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "info",
+        "[--json]",
+        "tell what is built and which backend runs each op",
+        "vitslim info --json",
+    )
+    add_json(parser)

@@ -1,0 +1,51 @@
+"""Where a number stopped being finite: the first layer to blame, by name."""
+
+import torch
+from torch import Tensor, nn
+
+
+def first_non_finite(model: nn.Module, images: Tensor) -> str:
+    """Names the first thing that is not finite: images, a parameter, an activation, a gradient.
+
+    Args:
+        model: The model as it was when the loss went wrong.
+        images: The batch it saw [B, C, H, W].
+    """
+    if not _finite(images):
+        return "the images"
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"the parameter {name}"
+    layer = _first_activation(model, images)
+    if layer is not None:
+        return f"the output of {layer}"
+    # Gradients flow backwards: the last layer with a bad one is where it came from.
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return f"the gradient of {bad[-1]}" if bad else "the loss itself"
+
+
+def _first_activation(model: nn.Module, images: Tensor) -> str | None:
+    found: list[str] = []
+
+    def watch(name: str) -> object:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not _finite(output):
+                found.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Inner modules end before the outer ones that hold them, so the first one is the innermost.
+    return found[0] if found else None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

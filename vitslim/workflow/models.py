@@ -1,0 +1,99 @@
+"""The model a command works on: a timm name, a saved folder, or the small one for digits."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from ..checkpoint import load
+from ..errors import VitslimError
+from ..plan import Plan
+from ..surgery import describe
+from .data import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
+from .state import read_json
+
+# 16 patches of 2x2 pixels, 3 heads of 32, 0.7 M parameters: trains in a minute on two cores.
+DIGITS_MODEL = "vit_tiny_patch16_224"
+DIGITS_KWARGS: dict[str, Any] = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "num_classes": DIGITS_CLASSES,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 3,
+    "weight_init": "jax",
+}
+
+
+def digits_model() -> VisionTransformer:
+    """Builds the small dense ViT for digits, from torch's random state."""
+    preprocessing = {
+        "input_size": (1, 8, 8),
+        "mean": (DIGITS_MEAN,),
+        "std": (DIGITS_STD,),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
+    model = timm.create_model(DIGITS_MODEL, pretrained_cfg_overlay=preprocessing, **DIGITS_KWARGS)
+    # A patch of four pixels says little without its place, which timm's 0.02 would whisper.
+    torch.nn.init.normal_(model.pos_embed, std=0.5)
+    return model
+
+
+def open_model(
+    name: str, pretrained: bool = False, model_kwargs: Mapping[str, Any] | None = None
+) -> VisionTransformer:
+    """Opens a model by timm's name or from a folder that `vitslim.save` wrote.
+
+    Args:
+        name: A folder or a name in timm's list.
+        pretrained: Whether timm loads its weights for the name.
+        model_kwargs: timm's arguments for the constructor, such as img_size and num_classes.
+    """
+    kwargs = dict(model_kwargs or {})
+    if name == "digits" and not kwargs:
+        return digits_model()
+    if Path(name).is_dir():
+        return load(name, **kwargs)
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        raise VitslimError(f"{name!r} is neither a folder nor a model timm knows.")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (RuntimeError, TypeError, OSError) as error:
+        raise VitslimError(f"timm cannot make {name}: {error}.") from error
+
+
+def base_model(model: VisionTransformer) -> VisionTransformer:
+    """Builds the dense model that a masked or slim one came from, with random weights."""
+    base = plan.base if (plan := getattr(model, "plan", None)) is not None else describe(model)
+    device = next(model.parameters()).device
+    return timm.create_model(base["model"], **base["args"]).to(device)
+
+
+def meta_model(name: str, model_kwargs: Mapping[str, Any] | None = None) -> VisionTransformer:
+    """Opens a model without weights or memory, for its shapes: the dense one of a saved folder.
+
+    Args:
+        name: A folder or a name in timm's list.
+        model_kwargs: timm's arguments for the constructor.
+    """
+    kwargs = dict(model_kwargs or {})
+    if Path(name).is_dir():
+        config = read_json(Path(name) / "config.json")
+        base = config.get("model_args", {}).get("base")
+        base = base or {"model": config.get("architecture"), "args": config.get("model_args", {})}
+        name, kwargs = base["model"], {**base["args"], **kwargs}
+    with torch.device("meta"):
+        return open_model(name, False, kwargs)
+
+
+def open_plan(path: str | Path) -> Plan:
+    """Reads a plan, or says in one sentence that it is not one."""
+    try:
+        return Plan.load(path)
+    except ValueError as error:
+        raise VitslimError(str(error)) from error

@@ -1,0 +1,242 @@
+"""The whole job in one folder: dense if needed, search, threshold, retrain, measure, report.
+
+    args.yaml  summary.csv  summary.json
+    dense/  search/                 models; search/ also masks.safetensors
+    plans/NAME.json  retrain/NAME/  slim/NAME/     one per budget, e.g. macs-60
+    report/
+
+Every stage that is done is skipped, so the same command finishes a run that was killed, and
+more budgets can be added to a run without searching again.
+"""
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import nn
+
+from .. import __version__
+from ..checkpoint import load, save
+from ..cost import cost
+from ..errors import VitslimError
+from ..files import atomic_write
+from ..masks import Masks
+from ..plan import Plan
+from .data import open_data
+from .latency import input_shape, measure
+from .latency_budget import plan_for
+from .models import open_model, open_plan
+from .report import report
+from .retrain import retrain
+from .search import open_stage, search
+from .settings import Settings
+from .state import read_json
+from .threshold import budget_name, parse_budget
+from .train import evaluate, journal_for, stage_args, train
+from .world import World, open_world, seed_everything
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run is asked to do.
+
+    Attributes:
+        output: The run folder.
+        budgets: Such as `macs=60%`; one slim model for each.
+        stages: Settings of dense, search and retrain.
+        model: A timm name or a saved folder; `digits` is the small ViT for the digits.
+        pretrained: Whether timm loads weights. A folder always brings its own.
+        model_kwargs: timm's arguments for the constructor.
+        mask: Arguments of `vitslim.mask`.
+        threshold: Arguments of `vitslim.threshold`.
+        fold: Whether the masks' values are multiplied into the slim weights.
+        resume: Whether to go on with what is in the folder.
+        given: What the user chose, for args.yaml.
+    """
+
+    output: Path
+    budgets: tuple[str, ...]
+    stages: Mapping[str, Settings]
+    model: str = "digits"
+    pretrained: bool = False
+    model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mask: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    threshold: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fold: bool = True
+    resume: bool = False
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Does the whole job and returns what summary.json holds."""
+    began = time.perf_counter()
+    budgets = {budget_name(parse_budget(text)): parse_budget(text) for text in job.budgets}
+    world = open_world(job.stages["search"].device)
+    _claim(job, world)
+    journal = journal_for("run", None, world)
+
+    dense, dense_accuracy = _dense(job, world)
+    masked = search(
+        dense,
+        job.stages["search"],
+        job.output / "search",
+        world,
+        **job.mask,
+        resume=True,
+        summary=job.output,
+        base=job.model,
+    )
+    slims = []
+    for name, budget in budgets.items():
+        plan = _plan(job, masked, name, budget, world)
+        result = retrain(
+            masked,
+            plan,
+            job.stages["retrain"],
+            job.output / "retrain" / name,
+            world,
+            fold=job.fold,
+            teacher=dense,
+            resume=True,
+            output=job.output / "slim" / name,
+            stage=f"retrain/{name}",
+            summary=job.output,
+        )
+        slims.append(
+            {
+                "name": name,
+                "budget": budget,
+                "plan": f"plans/{name}.json",
+                "folder": f"slim/{name}",
+                **{key: result[key] for key in ("cut", "retrained", "params", "macs")},
+            }
+        )
+    summary: dict[str, Any] = {}
+    if world.primary:
+        trained = time.perf_counter()
+        journal.say("measuring latency")
+        searched = read_json(job.output / "search" / "result.json")
+        models: dict[str, nn.Module] = {"dense": dense, "masked": masked}
+        models |= {f"slim/{each['name']}": load(job.output / each["folder"]) for each in slims}
+        latency = measure({name: model.to(world.device) for name, model in models.items()})
+        summary = {
+            "model": job.model,
+            "data": job.stages["search"].data,
+            "img_size": input_shape(dense)[1],
+            "seconds": _seconds(job.output, *(time.perf_counter() - t for t in (began, trained))),
+            "environment": _environment(world),
+            "dense": _entry(dense, dense_accuracy, latency["dense"]),
+            "masked": _entry(masked, searched["accuracy"], latency["masked"]),
+            "slim": [each | {"latency_ms": latency[f"slim/{each['name']}"]} for each in slims],
+        }
+        _write_args(job)
+        atomic_write(job.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+        page = report(job.output)
+        journal.say(f"done in {summary['seconds']:.0f} s, report in {page}")
+    world.wait()
+    return summary
+
+
+def _claim(job: Job, world: World) -> None:
+    """Refuses a folder that holds another run, and writes args.yaml.
+
+    What a stage was told is checked when that stage is reached, so budgets can be added.
+    """
+    args = job.output / "args.yaml"
+    if args.exists() and not job.resume:
+        raise VitslimError(
+            f"{job.output} holds an earlier run: add --resume to go on with it, "
+            "or give another --output."
+        )
+    world.wait()
+    if world.primary and not args.exists():
+        _write_args(job)
+
+
+def _write_args(job: Job) -> None:
+    """Writes what the user chose, in the form that `-c` reads."""
+    atomic_write(job.output / "args.yaml", yaml.safe_dump(dict(job.given), sort_keys=False))
+
+
+def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
+    """Returns the dense model and its accuracy, training it if it came without weights."""
+    folder, settings = job.output / "dense", job.stages["dense"]
+    identity = {"model": job.model, "model_kwargs": dict(job.model_kwargs)}
+    stage = open_stage(folder, stage_args(settings, world, **identity), resume=True)
+    done = stage.result()
+    if done is not None:
+        return load(folder), float(done["accuracy"])
+    seed_everything(settings.seed, 0)
+    model: nn.Module = open_model(job.model, job.pretrained, job.model_kwargs)
+    if job.pretrained or Path(job.model).is_dir():
+        data = open_data(settings, model, world)
+        accuracy = evaluate(model.to(world.device), data, world, settings.amp)
+        result = {"accuracy": accuracy, "seconds": 0.0}
+    else:
+        journal = journal_for("dense", job.output, world)
+        outcome = train(model, settings, stage, world, journal)
+        model, result = outcome.model, {"accuracy": outcome.accuracy, "seconds": outcome.seconds}
+    if world.primary:
+        save(model, folder)
+        stage.finish(result)
+    world.wait()
+    return model, float(result["accuracy"])
+
+
+def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], world: World) -> Plan:
+    """Plans a budget, or reads the plan of an earlier run, which must be the same."""
+    path = job.output / "plans" / f"{name}.json"
+    if world.primary and not (path.exists() and "latency" in budget):
+        masks = Masks.load(job.output / "search/masks.safetensors")
+        plan = plan_for(masked, budget, masks, **job.threshold)
+        if path.exists() and open_plan(path) != plan:
+            raise VitslimError(
+                f"{path} was planned otherwise: give the --round-to, --token-rule and --floor "
+                "of then, or another --output."
+            )
+        plan.save(path)
+    world.wait()
+    return open_plan(path)
+
+
+def _entry(model: nn.Module, accuracy: float, latency: Mapping[str, float]) -> dict[str, Any]:
+    params, macs = cost(model)
+    return {"accuracy": accuracy, "params": params, "macs": macs, "latency_ms": dict(latency)}
+
+
+def _seconds(folder: Path, now: float, since_trained: float) -> float:
+    """Seconds of the whole run, also where this process only went on with it."""
+    results = [folder / "dense/result.json", folder / "search/result.json"]
+    results += (folder / "retrain").glob("*/result.json")
+    trained = sum(float(read_json(path)["seconds"]) for path in results)
+    return max(now, trained + since_trained)
+
+
+def _environment(world: World) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vitslim": __version__,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "device": (
+            torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+        ),
+        "processes": world.size,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

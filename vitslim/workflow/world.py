@@ -1,0 +1,93 @@
+"""The processes that share a run, one or many; torchrun's environment says how many."""
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.utils import init_distributed_device
+from torch import nn
+
+from ..errors import VitslimError
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among all of them, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wraps the model so that gradients are averaged over processes; alone, does nothing."""
+        if self.size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sums numbers over all processes."""
+        if self.size == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return [float(value) for value in sums.tolist()]
+
+    def wait(self) -> None:
+        """Waits for every process, so that files of the primary one are there to be read."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def open_world(device: str = "auto") -> World:
+    """Finds the device and, under torchrun, joins the other processes.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise VitslimError("There is no CUDA device here: use --device cpu.")
+    if dist.is_available() and dist.is_initialized():
+        return World(_local(device), dist.get_rank(), dist.get_world_size())
+    args = argparse.Namespace(device=device)
+    init_distributed_device(args)
+    return World(torch.device(args.device), args.rank, args.world_size)
+
+
+def _local(device: str) -> torch.device:
+    return (
+        torch.device(device, torch.cuda.current_device())
+        if device == "cuda"
+        else torch.device(device)
+    )
+
+
+def seed_everything(seed: int, epoch: int, rank: int = 0) -> None:
+    """Seeds torch, numpy and random from (seed, epoch, rank), so that an epoch can be replayed."""
+    mixed = (seed * 1_000_003 + epoch * 1009 + rank) % 2**32
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)
+    random.seed(mixed)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Uses so many CPU threads inside the block; None leaves torch's choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
