@@ -3,7 +3,7 @@
 import torch  # first: it loads the libraries that vitslim._C is linked against
 
 try:
-    from vitslim import _C
+    import vitslim._C as _C
 except ImportError as error:
     raise ImportError(
         f"vitslim's native kernels cannot be loaded ({error}); install vitslim again with a C++"
