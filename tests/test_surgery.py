@@ -120,9 +120,15 @@ def with_units_at_zero(masked, plan):
     return model
 
 
+@pytest.mark.parametrize("backend", ["reference", None], ids=["op", "plain torch"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", MODELS)
-def test_slim_equals_masked_to_1e_10(name, seed):
+def test_slim_equals_masked_to_1e_10(name, seed, backend):
+    with vitslim.use_backend(backend, "ragged_attention"):
+        check_parity(name, seed)
+
+
+def check_parity(name, seed):
     masked = randomised(make(name, torch.float64))
     plan = random_plan(masked, seed)
     slim = vitslim.slim(masked, plan)

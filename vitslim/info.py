@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from .ops._dispatch import BACKENDS, OPS, find, why_not
+from .ops._dispatch import BACKENDS, OPS, backend_of, why_not
 
 
 def info() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def format_info(facts: dict[str, Any]) -> str:
         f"CPU: {facts['cpu']['capability']}, {facts['cpu']['cores']} cores, "
         f"{facts['threads']} threads",
         f"GPU: {', '.join(facts['gpus']) or 'none'}",
-        "native: " + (", ".join(f"{k} {v}" for k, v in native.items())),
+        f"native: {_native_line(native)}",
     ]
     for op, devices in facts["ops"].items():
         for device, choice in devices.items():
@@ -49,10 +49,20 @@ def format_info(facts: dict[str, Any]) -> str:
 
 def _runs(op: str, device: str) -> dict[str, Any]:
     dtype = torch.float32
-    chosen = find(op, device, dtype).__name__
     reasons = {name: why_not(name, op, device, dtype) for name in BACKENDS}
-    backend = next(name for name, module in BACKENDS.items() if module == chosen)
-    return {"backend": backend, "not": {k: v for k, v in reasons.items() if v is not None}}
+    return {
+        "backend": backend_of(op, device, dtype),
+        "not": {k: v for k, v in reasons.items() if v is not None},
+    }
+
+
+def _native_line(native: dict[str, Any]) -> str:
+    if not native["built"]:
+        return f"not built: {native['reason']}"
+    sets = ", ".join(native["instruction_sets"])
+    line = f"{native['instruction_set']} runs (of {sets}), built by {native['compiler']}"
+    line += f", with {native['sanitizers']} sanitizers" if native["sanitizers"] else ""
+    return line + (", with CUDA" if native["cuda"] else ", without CUDA")
 
 
 def _native() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Masked and slim attention stand where timm's Attention stood."""
 
+import importlib
 import inspect
 
 import pytest
@@ -10,7 +11,7 @@ from timm.models.vision_transformer import Attention
 from vitslim.layers import MaskedAttention, SlimAttention
 from vitslim.layers.attention import why_not_attention
 from vitslim.layers.padded import padded_attention
-from vitslim.ops import ragged_attention
+from vitslim.ops import ragged_attention, use_backend, why_not
 
 HEADS = [[0, 1, 5, 7], [], [2], list(range(8))]
 
@@ -97,6 +98,33 @@ def test_attention_masks_go_through(kind, options):
     new = SlimAttention.from_timm(attn, whole) if kind == "slim" else None
     new = new or MaskedAttention.from_timm(attn)
     torch.testing.assert_close(new(x, **given), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_slim_attention_is_the_same_with_and_without_the_op(monkeypatch):
+    slim = SlimAttention.from_timm(make(), HEADS)
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    results = []
+    for way in (True, False):
+        monkeypatch.setattr("vitslim.layers.attention.fused", lambda *_, way=way: way)
+        results.append(slim(x))
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_layers_obey_a_forced_backend(backend, monkeypatch):
+    if reason := why_not(backend, "ragged_attention", "cpu", torch.float32):
+        pytest.skip(reason)
+    called = []
+    module = importlib.import_module(f"vitslim.{backend}")
+    forward = module.ragged_attention_forward
+    monkeypatch.setattr(
+        module, "ragged_attention_forward", lambda *args: called.append(1) or forward(*args)
+    )
+    attn = make(torch.float32)
+    with use_backend(backend, "ragged_attention"):
+        SlimAttention.from_timm(attn, HEADS)(torch.randn(2, 9, 32))
+        MaskedAttention.from_timm(attn)(torch.randn(2, 9, 32))
+    assert len(called) == 2
 
 
 def test_padded_form_equals_the_op():

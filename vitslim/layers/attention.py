@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import ragged_attention
 from .padded import padded_attention
-from .path import exporting, fused
+from .path import fused
 
 GRANULARITIES = ("head_dim", "uniform", "head")
 
@@ -104,14 +104,14 @@ class MaskedAttention(nn.Module):
         mask = self.expanded_mask().flatten()  # [D]
         special = attn_mask is not None or is_causal or dropout_p > 0
         head_dims = [self.head_dim] * self.num_heads
-        if not special and fused("MaskedAttention", x.device):
+        if not special and fused("MaskedAttention", x):
             out = ragged_attention(self.qkv(x), head_dims, self.scale, mask)
         else:
             # q z = x (z W)^T + z b: the mask costs one product of the size of the weight.
             rows = mask.repeat(3)  # [3 D]
             bias = None if self.qkv.bias is None else self.qkv.bias * rows
             qkv = F.linear(x, self.qkv.weight * rows.unsqueeze(1), bias)
-            if not special and fused("dense attention", x.device):
+            if not special and fused("dense attention", x):
                 out = ragged_attention(qkv, head_dims, self.scale)
             else:
                 q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -202,10 +202,11 @@ class SlimAttention(nn.Module):
         """Maps x [B, N, C] to [B, N, C]; attn_mask and is_causal are timm's."""
         dropout_p = self.attn_drop.p if self.training else 0.0
         qkv = self.qkv(x)  # [B, N, 3 D]
-        if attn_mask is not None or is_causal or dropout_p > 0 or exporting():
-            out = padded_attention(qkv, self.head_dims, self.scale, attn_mask, is_causal, dropout_p)
-        else:
+        special = attn_mask is not None or is_causal or dropout_p > 0
+        if not special and fused("SlimAttention", x):
             out = ragged_attention(qkv, self.head_dims, self.scale)
+        else:
+            out = padded_attention(qkv, self.head_dims, self.scale, attn_mask, is_causal, dropout_p)
         return self.proj_drop(self.proj(out))
 
     def extra_repr(self) -> str:

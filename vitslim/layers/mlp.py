@@ -57,7 +57,7 @@ class _TwoLayers(nn.Module):
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         act = self._act_name()
         dropped = self.training and self.drop1.p > 0
-        if act is not None and not dropped and fused(type(self).__name__, x.device):
+        if act is not None and not dropped and fused(type(self).__name__, x):
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             out = masked_mlp(x, *weights, mask, act)
         else:

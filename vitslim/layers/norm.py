@@ -28,7 +28,7 @@ class GatedLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Maps x [B, N, C] and gate [N] or None to [B, N, C]."""
-        if gate is not None and fused("GatedLayerNorm", x.device):
+        if gate is not None and fused("GatedLayerNorm", x):
             return gated_layer_norm(x, self.weight, self.bias, self.eps, gate)
         out = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return out if gate is None else out * gate.unsqueeze(-1).to(out.dtype)

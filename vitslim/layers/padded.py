@@ -1,4 +1,4 @@
-"""Ragged attention in ATen operators alone: for export, attention masks and attention dropout."""
+"""Ragged attention in ATen operators: for export, masks, dropout, devices without a kernel."""
 
 from collections.abc import Sequence
 

@@ -6,28 +6,40 @@ way only where a committed benchmark shows that it wins. This is the one place t
 
 import torch
 from timm.layers import is_exportable
+from torch import Tensor
 
-# (layer, device): does the fused op run? Time of a DeiT-T search step at batch 8 over timm's step
-# without masks, medians of one interleaved run (benchmarks/bench_search_step.py shows the first):
+from ..ops import backend_of, is_forced
+
+# (layer, device): the op that runs and the backend that wins there. All else runs in plain torch.
+# Time of a DeiT-T search step at batch 8 over timm's step without masks, medians of one interleaved
+# run (benchmarks/bench_search_step.py shows the first):
 #   0.93  masks folded, then ragged_attention on the dense heads
 #   0.95  ragged_attention with the mask inside
 #   0.98  the first, and gated_layer_norm
 #   1.02  masks folded, then scaled_dot_product_attention
 #   1.08  the first, and masked_mlp
-_FUSED = {
-    ("dense attention", "cpu"): True,
-    ("MaskedAttention", "cpu"): False,
-    ("GatedLayerNorm", "cpu"): False,
-    ("MaskedMlp", "cpu"): False,
-    ("SlimMlp", "cpu"): False,
+# SlimAttention on the CPU is 3.6 and more times faster than heads padded for SDPA
+# (benchmarks/bench_ragged_attention.py). On CUDA there is no kernel yet, so heads are padded there.
+_WINS = {
+    ("SlimAttention", "cpu"): ("ragged_attention", "native"),
+    ("dense attention", "cpu"): ("ragged_attention", "native"),
 }
 
 
-def fused(layer: str, device: torch.device) -> bool:
-    """Returns whether `layer` runs its fused op on `device` rather than plain torch."""
-    return _FUSED.get((layer, device.type), False) and not exporting()
+def fused(layer: str, x: Tensor) -> bool:
+    """Returns whether `layer` runs its op on `x` rather than plain torch.
+
+    It does where the backend that wins can run, or where the user forces a backend for the op.
+    """
+    return not _exporting() and _runs(layer, x.device.type, x.dtype)
 
 
-def exporting() -> bool:
+@torch.compiler.assume_constant_result
+def _runs(layer: str, device_type: str, dtype: torch.dtype) -> bool:
+    op, backend = _WINS.get((layer, device_type), (None, None))
+    return op is not None and (is_forced(op) or backend_of(op, device_type, dtype) == backend)
+
+
+def _exporting() -> bool:
     """Returns whether the model is being exported, when only ATen operators may appear."""
     return is_exportable() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()

@@ -1,8 +1,16 @@
 """The ops as functions: checked arguments, gradients, and a backend chosen by `_dispatch`."""
 
-from ._dispatch import use_backend, why_not
+from ._dispatch import backend_of, is_forced, use_backend, why_not
 from .gated_layer_norm import gated_layer_norm
 from .masked_mlp import masked_mlp
 from .ragged_attention import ragged_attention
 
-__all__ = ["gated_layer_norm", "masked_mlp", "ragged_attention", "use_backend", "why_not"]
+__all__ = [
+    "backend_of",
+    "gated_layer_norm",
+    "is_forced",
+    "masked_mlp",
+    "ragged_attention",
+    "use_backend",
+    "why_not",
+]

@@ -67,14 +67,21 @@ def why_not(backend: str, op: str, device: torch.device | str, dtype: torch.dtyp
 
 def find(op: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
     """Returns the backend module that runs `op`: the forced one, or the first that can."""
-    name = _forced.get(op)
-    if name is not None:
-        reason = why_not(name, op, device, dtype)
-        if reason is not None:
-            raise RuntimeError(f"{op}: backend {name!r} was asked for but cannot run: {reason}")
-    else:
-        name = choose(op, torch.device(device).type, dtype)
+    name = backend_of(op, torch.device(device).type, dtype)
+    reason = why_not(name, op, device, dtype) if is_forced(op) else None
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {name!r} was asked for but cannot run: {reason}")
     return importlib.import_module(BACKENDS[name])
+
+
+def is_forced(op: str) -> bool:
+    """Returns whether the user forces a backend for `op`."""
+    return op in _forced
+
+
+def backend_of(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """Returns the name of the backend that `op` goes to, forced or chosen."""
+    return _forced.get(op) or choose(op, device_type, dtype)
 
 
 @cache
