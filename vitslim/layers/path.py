@@ -31,7 +31,7 @@ def fused(layer: str, x: Tensor) -> bool:
 
     It does where the backend that wins can run, or where the user forces a backend for the op.
     """
-    return not _exporting() and _runs(layer, x.device.type, x.dtype)
+    return _runs(layer, x.device.type, x.dtype) and not _exporting()
 
 
 @torch.compiler.assume_constant_result
