@@ -32,13 +32,14 @@ format: $(VENV)/.installed
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
 # The suite of a machine with a GPU and its own torch: build, tests, memory checks, benchmarks.
-GPU_PY ?= python3
+# -P keeps the source tree, which holds no compiled module, off the path.
+GPU_PY ?= python3 -P
 gpu:
 	$(GPU_PY) -m pip install -v --no-build-isolation --no-deps .
 	$(GPU_PY) -m pytest tests/ops tests/layers tests/test_surgery.py
+	$(GPU_PY) -m pytest benchmarks -c benchmarks/pytest.ini
 	compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(GPU_PY) -m pytest tests/ops -k "cuda and strided"
-	$(GPU_PY) -m pytest benchmarks -c benchmarks/pytest.ini
 
 # The kernels under AddressSanitizer and UBSan, in a copy so that the ordinary build stays.
 ASAN := build/asan

@@ -65,7 +65,7 @@ def test_a_latency_budget_is_met_by_measuring(run: Path, tmp_path: Path, capsys)
     assert main([*command, "latency=1%"]) == 2
     assert "out of reach" in capsys.readouterr().err
     assert main([*command, "latency=5"]) == 2
-    assert "share such as 60%" in capsys.readouterr().err
+    assert "not a fraction between 0 and 1" in capsys.readouterr().err
 
 
 def test_eval_says_what_the_search_said(run: Path, capsys) -> None:

@@ -266,6 +266,10 @@ def test_skip_leaves_parts_alone():
     ("build", "said"),
     [
         (lambda: timm.create_model("resnet18"), "a ResNet cannot be slimmed"),
+        (
+            lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1),
+            "makes its tokens with a HybridEmbed",
+        ),
         (lambda: make(qk_norm=True), r"blocks.0 has no attention mask .* normalises q"),
         (
             lambda: timm.create_model("vit_small_patch16_18x2_224", depth=1),

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save as serialize
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import unwrap_model
 
 from .errors import VitslimError
 from .files import atomic_write
-from .masks import unwrapped
 from .plan import Plan
 from .surgery import describe, mask, slim
 
@@ -33,7 +33,7 @@ def save(model: VisionTransformer, folder: str | os.PathLike[str]) -> None:
         model: Made by timm.create_model, then perhaps by vitslim.mask or vitslim.slim.
         folder: Made if it is not there; files of those names in it are replaced.
     """
-    model, folder = unwrapped(model), Path(folder)
+    model, folder = unwrap_model(model), Path(folder)
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .errors import VitslimError
@@ -37,7 +38,7 @@ class Masks:
     @torch.no_grad()
     def of(cls, model: nn.Module) -> "Masks":
         """Reads the masks of a masked model, as float32 copies on the CPU."""
-        model = unwrapped(model)
+        model = unwrap_model(model)
         attention: list[Tensor | None] = []
         mlp: list[Tensor | None] = []
         token: list[Tensor | None] = []
@@ -94,7 +95,7 @@ def mask_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the learnable masks of a model with their names; token masks as raw values."""
     return [
         (f"{name}.{'raw' if kind == 'token' else 'mask'}", parameter)
-        for name, kind, _, parameter in _walk(unwrapped(model))
+        for name, kind, _, parameter in _walk(unwrap_model(model))
     ]
 
 
@@ -115,7 +116,7 @@ def sparsity_loss(
     """
     weights = {"attention": attention, "mlp": mlp, "token": token}
     parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for _, kind, module, parameter in _walk(unwrapped(model)):
+    for _, kind, module, parameter in _walk(unwrap_model(model)):
         values = module.gate() if isinstance(module, TokenGate) else parameter
         parts[kind].append(values.float().flatten())
     if not any(parts.values()):
@@ -123,15 +124,6 @@ def sparsity_loss(
     # One norm per kind rather than one per layer: two small kernels instead of two dozen.
     sums = [weights[k] * torch.cat(values).abs().sum() for k, values in parts.items() if values]
     return torch.stack(sums).sum()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:

@@ -7,6 +7,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -132,6 +133,11 @@ def _check_model(model: nn.Module, kinds: tuple[str, ...]) -> None:
         raise VitslimError(
             f"a {type(model).__name__} cannot be slimmed: only timm's VisionTransformer can, "
             "that is its vit_* and deit_* models"
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise VitslimError(
+            f"this model makes its tokens with a {type(model.patch_embed).__name__}; only timm's "
+            "PatchEmbed is supported, so hybrids cannot be slimmed"
         )
     if "token" in kinds and getattr(model, "dynamic_img_size", False):
         raise VitslimError(

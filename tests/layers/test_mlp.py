@@ -7,6 +7,7 @@ from torch import nn
 
 from vitslim.layers import MaskedMlp, SlimMlp
 from vitslim.layers.mlp import why_not_mlp
+from vitslim.ops import use_backend
 
 
 def make(dtype=torch.float64, **kwargs):
@@ -54,6 +55,11 @@ def test_slim_equals_masked_with_the_rest_at_zero(keep):
     assert slim.fc1.weight.shape == (len(keep), 16)
     forgetful = SlimMlp.from_timm(masked, keep, fold=False)
     assert torch.equal(forgetful.fc2.weight, masked.fc2.weight[:, keep])
+
+
+def test_layers_obey_a_forced_backend():
+    with use_backend("native", "masked_mlp"), pytest.raises(RuntimeError, match="cannot run"):
+        MaskedMlp.from_timm(make())(torch.randn(2, 9, 16, dtype=torch.float64))
 
 
 def test_dropout_acts_in_training_only():

@@ -28,7 +28,6 @@ TINY = {
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread here and in subprocesses: bit-equality is promised for equal threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..ops import backend_of, is_forced
 
-# (layer, device): the op that runs and the backend that wins there. All else runs in plain torch.
+# The op that each layer could run.
+_OPS = {
+    "SlimAttention": "ragged_attention",
+    "MaskedAttention": "ragged_attention",
+    "dense attention": "ragged_attention",
+    "MaskedMlp": "masked_mlp",
+    "SlimMlp": "masked_mlp",
+    "GatedLayerNorm": "gated_layer_norm",
+}
+# (layer, device): the backend with which the op wins there. Elsewhere plain torch runs.
 # Time of a DeiT-T search step at batch 8 over timm's step without masks, medians of one interleaved
 # run (benchmarks/bench_search_step.py shows the first):
 #   0.93  masks folded, then ragged_attention on the dense heads
@@ -21,8 +30,8 @@ from ..ops import backend_of, is_forced
 # SlimAttention on the CPU is 3.6 and more times faster than heads padded for SDPA
 # (benchmarks/bench_ragged_attention.py). On CUDA there is no kernel yet, so heads are padded there.
 _WINS = {
-    ("SlimAttention", "cpu"): ("ragged_attention", "native"),
-    ("dense attention", "cpu"): ("ragged_attention", "native"),
+    ("SlimAttention", "cpu"): "native",
+    ("dense attention", "cpu"): "native",
 }
 
 
@@ -36,8 +45,8 @@ def fused(layer: str, x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _runs(layer: str, device_type: str, dtype: torch.dtype) -> bool:
-    op, backend = _WINS.get((layer, device_type), (None, None))
-    return op is not None and (is_forced(op) or backend_of(op, device_type, dtype) == backend)
+    op = _OPS[layer]
+    return is_forced(op) or backend_of(op, device_type, dtype) == _WINS.get((layer, device_type))
 
 
 def _exporting() -> bool:

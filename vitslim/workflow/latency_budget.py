@@ -11,7 +11,7 @@ from ..plan import Plan
 from ..surgery import slim
 from .latency import measure
 from .models import base_model
-from .threshold import threshold
+from .threshold import fraction_of, threshold
 
 STEPS = 6
 
@@ -37,7 +37,7 @@ def plan_for(
         return threshold(masked, budget, masks=masks, **options)
     if set(budget) != {"latency"}:
         raise VitslimError("A latency budget stands alone: it is met by choosing the MACs.")
-    wanted = _fraction(str(budget["latency"]))
+    wanted = fraction_of("latency", budget["latency"])
     dense = base_model(masked)
     best: Plan | None = None
     low, high, fastest = 0.0, 1.0, float("inf")
@@ -62,13 +62,3 @@ def plan_for(
             f"the fastest plan tried took {fastest:.0%}."
         )
     return Plan.from_dict({**best.to_dict(), "budget": dict(budget)})
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise VitslimError(f"A latency budget is a share such as 60%, not {text!r}.")
-    return value

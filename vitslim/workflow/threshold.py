@@ -93,7 +93,7 @@ def parse_budget(text: str) -> dict[str, str | float]:
                 f"cannot read the budget {text!r} at {part!r}; write macs=60%, params=12M, "
                 "latency=60% or attention=0.7,mlp=0.7,token=0.8"
             )
-        budget[name] = _fraction(name, value) if name in KINDS else value
+        budget[name] = fraction_of(name, value) if name in KINDS else value
     return budget
 
 
@@ -146,7 +146,7 @@ def _understood(
                     f"the budget names {name}, but the search has no {name} masks; it has "
                     f"{', '.join(masks.kinds())}"
                 )
-            fractions[name] = _fraction(name, value)
+            fractions[name] = fraction_of(name, value)
         elif name in dense:
             limits[name] = _limit(name, value, dense[name])
         else:
@@ -156,7 +156,8 @@ def _understood(
     return fractions, limits
 
 
-def _fraction(name: str, value: Any) -> float:
+def fraction_of(name: str, value: Any) -> float:
+    """Reads 0.6 or 60% as a fraction between 0 and 1, or raises VitslimError."""
     try:
         text = str(value)
         number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
@@ -214,17 +215,15 @@ def _largest(
     step = _bisect(steps, lambda s: fits({k: ranking.exact(k, s / steps) for k in free}))
     counts = {kind: ranking.exact(kind, step / steps) for kind in free}
     for kind in free:
-        start, others = counts[kind], dict(counts)
-        room = ranking.count(kind) - start
-        more = _bisect(room, partial(_fits_with, fits, others, kind, start))
-        counts[kind] = start + more
+        rest = {other: count for other, count in counts.items() if other != kind}
+        counts[kind] = _bisect(ranking.count(kind), partial(_fits_with, fits, rest, kind))
     return counts
 
 
 def _fits_with(
-    fits: Callable[[dict[str, int]], bool], counts: dict[str, int], kind: str, start: int, more: int
+    fits: Callable[[dict[str, int]], bool], rest: dict[str, int], kind: str, count: int
 ) -> bool:
-    return fits({**counts, kind: start + more})
+    return fits({**rest, kind: count})
 
 
 def _bisect(top: int, holds: Callable[[int], bool]) -> int:
