@@ -1,10 +1,16 @@
 """Shared fixtures: seeds, and the backends that can run here, with the reason for the others."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Where there is no GPU the Triton kernels are tested in Triton's interpreter, which wants to be
+    # asked before a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from vitslim.ops import use_backend, why_not
 

@@ -120,8 +120,6 @@ def _known(name: str, names: tuple[str, ...], what: str) -> str:
 @cache
 def _load(backend: str) -> ModuleType | str:
     """Returns the backend's module, or the reason why it is not there."""
-    if backend == "triton" and not torch.cuda.is_available():
-        return "triton needs a GPU and torch sees none"
     try:
         return importlib.import_module(BACKENDS[backend])
     except ImportError as error:
