@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Attention
 
 from vitslim.layers import MaskedAttention, SlimAttention
 from vitslim.layers.attention import why_not_attention
-from vitslim.layers.padded import padded_attention
+from vitslim.layers.padded import padded_attention, padded_places
 from vitslim.ops import ragged_attention, use_backend, why_not
 
 HEADS = [[0, 1, 5, 7], [], [2], list(range(8))]
@@ -127,11 +127,29 @@ def test_layers_obey_a_forced_backend(backend, monkeypatch):
     assert len(called) == 2
 
 
-def test_padded_form_equals_the_op():
-    qkv = torch.randn(2, 9, 3 * 13, dtype=torch.float64)
-    padded = padded_attention(qkv, (4, 0, 1, 8), 0.3)
-    torch.testing.assert_close(padded, ragged_attention(qkv, (4, 0, 1, 8), 0.3))
-    assert padded_attention(torch.randn(2, 9, 0), (0, 0), 0.3).shape == (2, 9, 0)
+@pytest.mark.parametrize("dims", [(4, 0, 1, 8), (5, 5), (8, 8), (3,), (0, 9)], ids=str)
+def test_padded_form_equals_the_op(dims):
+    slim = SlimAttention(12, dims, 0.3, qkv_bias=True, dtype=torch.float64)
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    layers = slim.qkv, slim.proj, slim.num_heads
+    padded = padded_attention(x, *layers, padded_places(dims), 0.3)
+    expected = slim.proj(ragged_attention(slim.qkv(x), dims, 0.3))
+    torch.testing.assert_close(padded, expected)
+    weights = [p for p in slim.parameters() if p.numel()]
+    grads = torch.autograd.grad(padded.square().sum(), weights)
+    for grad, want in zip(
+        grads, torch.autograd.grad(expected.square().sum(), weights), strict=True
+    ):
+        torch.testing.assert_close(grad, want)
+
+
+def test_padded_form_of_heads_that_are_all_gone():
+    slim = SlimAttention(12, (0, 0), 0.3)
+    with use_backend("reference", "ragged_attention"):
+        expected = slim(torch.randn(2, 9, 12))
+    layers = slim.qkv, slim.proj, slim.num_heads
+    padded = padded_attention(torch.randn(2, 9, 12), *layers, padded_places((0, 0)), 0.3)
+    torch.testing.assert_close(padded, expected)
 
 
 def test_attention_dropout_acts_in_training_only():

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..ops import ragged_attention
-from .padded import padded_attention
+from .padded import padded_attention, padded_places
 from .path import fused
 
 GRANULARITIES = ("head_dim", "uniform", "head")
@@ -159,6 +159,9 @@ class SlimAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(self.attn_dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        rows, columns = padded_places(self.head_dims, device)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
 
     @classmethod
     def from_timm(
@@ -194,6 +197,7 @@ class SlimAttention(nn.Module):
         )
         slim.proj = linear(attn.proj.weight.detach()[:, keep], attn.proj.bias)
         slim.attn_drop, slim.proj_drop = attn.attn_drop, attn.proj_drop
+        slim.rows, slim.columns = padded_places(slim.head_dims, weight.device)
         return slim.train(attn.training)
 
     def forward(
@@ -201,13 +205,14 @@ class SlimAttention(nn.Module):
     ) -> Tensor:
         """Maps x [B, N, C] to [B, N, C]; attn_mask and is_causal are timm's."""
         dropout_p = self.attn_drop.p if self.training else 0.0
-        qkv = self.qkv(x)  # [B, N, 3 D]
         special = attn_mask is not None or is_causal or dropout_p > 0
         if not special and fused("SlimAttention", x):
-            out = ragged_attention(qkv, self.head_dims, self.scale)
+            out = self.proj(ragged_attention(self.qkv(x), self.head_dims, self.scale))
         else:
-            out = padded_attention(qkv, self.head_dims, self.scale, attn_mask, is_causal, dropout_p)
-        return self.proj_drop(self.proj(out))
+            places, options = (self.rows, self.columns), (attn_mask, is_causal, dropout_p)
+            layers = self.qkv, self.proj, self.num_heads
+            out = padded_attention(x, *layers, places, self.scale, *options)
+        return self.proj_drop(out)
 
     def extra_repr(self) -> str:
         return f"head_dims={self.head_dims}, scale={self.scale:.6g}"
