@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 import vitslim
 from vitslim.layers import MaskedAttention, MaskedBlock, SlimAttention, SlimBlock, TokenSelect
 from vitslim.masks import mask_parameters
+from vitslim.ops import OPS, use_backend, why_not
 from vitslim.plan import BlockPlan, Plan
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -40,7 +41,8 @@ def make(name="ViT", dtype=torch.float32, **kwargs):
 
 def images(model, batch=2):
     weight = model.patch_embed.proj.weight
-    return torch.randn(batch, 3, *model.patch_embed.img_size, dtype=weight.dtype)
+    shape = (batch, 3, *model.patch_embed.img_size)
+    return torch.randn(shape, dtype=weight.dtype, device=weight.device)
 
 
 def randomised(model, **kwargs):
@@ -311,15 +313,26 @@ def test_plans_of_other_models_are_refused():
         vitslim.mask(make(), kinds=("heads",))
 
 
+@pytest.mark.parametrize("backend", [None, "reference", "triton"])
 @pytest.mark.parametrize("stage", ["masked", "slim"])
-def test_compiles_without_a_graph_break(stage):
-    model = randomised(make(depth=2))
+def test_compiles_without_a_graph_break(stage, backend, device):
+    reasons = [why_not(backend, op, device, torch.float32) for op in OPS] if backend else []
+    if any(reasons):
+        pytest.skip(next(filter(None, reasons)))
+    model = randomised(make("DeiT", depth=2)).to(device)
     if stage == "slim":
         model = vitslim.slim(model, vitslim.threshold(model, "macs=60%"))
     x = images(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    compiled(x).sum().backward()
+    torch.compiler.reset()
+    with use_backend(backend):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        out, expected = compiled(x), model(x)
+        grads = torch.autograd.grad(out.square().sum(), parameters)
+        expected_grads = torch.autograd.grad(expected.square().sum(), parameters)
+    torch.testing.assert_close(out, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
 
 
 def test_deepcopy_and_state_dict_round_trip():

@@ -189,6 +189,13 @@ def _bench(given: dict[str, Any]) -> None:
     device = open_world(given.get("device", "auto")).device
     models = {name: open_model(name).to(device) for name in names}
     sizes, seconds = given.get("batch_size", (1, 32)), given.get("seconds", 1.0)
+    if "tune" in given:
+        from .workflow.tune import format_tuned, tune
+
+        found = [each for model in models.values() for n in sizes for each in tune(model, n)]
+        if not found:
+            raise VitslimError("--tune needs a masked or a slim model among those given.")
+        print(format_tuned(found), file=sys.stderr)
     latency = measure(models, sizes, seconds=seconds)
     print(json.dumps(latency) if "json" in given else format_table(latency))
 

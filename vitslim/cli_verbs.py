@@ -204,6 +204,12 @@ def _bench(verbs: Any) -> None:
         help="how long each model is timed at each batch size [1]",
     )
     parser.add_argument("--device", help="auto, cpu or cuda [auto]")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="first try the Triton kernels' configurations on this GPU and keep the fastest",
+    )
     add_json(parser)
 
 
