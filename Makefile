@@ -8,7 +8,8 @@ OUTPUT ?= runs/digits
 INSTALL = $(PY) -m pip install -v --no-build-isolation --no-deps
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: run test test-oldest-timm bench lint format gpu asan clean
+.PHONY: run test test-oldest-timm bench lint format aot gpu asan clean
+.PHONY: gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
 
 run: $(VENV)/.built
 	$(PY) -m vitslim run --data digits --budget macs=60% --output $(OUTPUT) --resume
@@ -18,7 +19,7 @@ test: $(VENV)/.built
 	$(PY) -m pytest
 
 bench: $(VENV)/.built
-	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s
+	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s -k "not cuda"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -31,15 +32,46 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
-# The suite of a machine with a GPU and its own torch: build, tests, memory checks, benchmarks.
+# What the Triton kernels compile to on every GPU they are for: registers, spills, shared memory,
+# tensor-core instructions. No GPU is needed; half an hour on two cores.
+aot: $(VENV)/.built
+	$(PY) tests/aot.py --all
+
+# The suite of a machine with a GPU and its own torch, in steps of a few minutes each.
 # -P keeps the source tree, which holds no compiled module, off the path.
 GPU_PY ?= python3 -P
-gpu:
+# Most of the tests' time is compiling: with pytest-xdist, GPU_TEST="-n 8" shares it out.
+GPU_TEST ?=
+GPU_BENCH = $(GPU_PY) -m pytest -c benchmarks/pytest.ini -q -s
+# Small shapes, odd strides, both dtypes. Triton compiles before anything runs under the tool.
+GPU_SMALL = tests/ops -q -k "cuda and triton and (strided or stride_zero or empty or bits)"
+SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes application-only
+
+gpu: gpu-install gpu-test gpu-bench gpu-sanitize
+
+gpu-install:
 	$(GPU_PY) -m pip install -v --no-build-isolation --no-deps .
-	$(GPU_PY) -m pytest tests/ops tests/layers tests/test_surgery.py
-	$(GPU_PY) -m pytest benchmarks -c benchmarks/pytest.ini
-	compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  $(GPU_PY) -m pytest tests/ops -k "cuda and strided"
+
+gpu-test:
+	$(GPU_PY) -m pytest $(GPU_TEST) tests/ops -k cuda
+	$(GPU_PY) -m pytest $(GPU_TEST) tests/layers tests/test_surgery.py
+	$(GPU_BENCH) --smoke $(wildcard benchmarks/bench_*_cuda.py)
+
+gpu-bench: gpu-bench-ops gpu-bench-step gpu-bench-model
+
+gpu-bench-ops:
+	$(GPU_BENCH) $(filter-out %search_step_cuda.py %model_cuda.py,$(wildcard benchmarks/bench_*_cuda.py))
+
+gpu-bench-step:
+	$(GPU_BENCH) benchmarks/bench_search_step_cuda.py
+
+gpu-bench-model:
+	$(GPU_BENCH) benchmarks/bench_model_cuda.py
+
+gpu-sanitize:
+	$(GPU_PY) -m pytest $(GPU_SMALL)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(GPU_PY) -m pytest $(GPU_SMALL)
+	$(SANITIZE) --tool racecheck $(GPU_PY) -m pytest $(GPU_SMALL)
 
 # The kernels under AddressSanitizer and UBSan, in a copy so that the ordinary build stays.
 ASAN := build/asan
