@@ -19,6 +19,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Returns float32 x rounded to the nearest of another dtype, as GPUs do."""
+    # The interpreter cuts bfloat16 off instead.
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(dtype)
+
+
 def precision(x: Tensor) -> str:
     """Returns how float32 operands are multiplied on `x`'s device, as the user set it for torch.
 

@@ -20,6 +20,7 @@ Table = Mapping[str, Mapping[str, Config]]
 # What sets generations apart is how much shared memory one program may take, and wgmma.
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm90": 227 * 1024, "gfx942": 64 * 1024}
 _forced: dict[str, Config] = {}
+_watchers: list[list[tuple[str, str]]] = []
 
 
 @cache
@@ -35,6 +36,14 @@ def generation(device: torch.device) -> str:
     return "sm80" if capability in ((8, 0), (8, 7)) else "sm86"
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Returns how many multiprocessors a device has; elsewhere an A100's number stands in."""
+    if device.type != "cuda":
+        return 108
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def choose(kernel: str, table: Table, key: str, device: torch.device) -> Config:
     """Returns the configuration of a kernel for one of its cases.
 
@@ -45,6 +54,8 @@ def choose(kernel: str, table: Table, key: str, device: torch.device) -> Config:
         device: Where it will run.
     """
     name = f"{kernel} {key}"
+    for seen in _watchers:
+        seen.append((kernel, key))
     if name in _forced:
         return _forced[name]
     if device.type == "cuda" and (found := tuned.load(device).get(name)) is not None:
@@ -63,3 +74,14 @@ def forced(kernel: str, key: str, config: Config) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[str, str]]]:
+    """Collects which (kernel, key) `choose` is asked for inside a `with` block."""
+    seen: list[tuple[str, str]] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import round_to
+
 # The widest head of each case, and the tile that holds it.
 TILES = {
     16: (16, 0),
@@ -84,12 +86,12 @@ def load_head(base, rows, row_stride, end, width, MAIN: tl.constexpr, TAIL: tl.c
     here = base + rows[:, None] * row_stride
     column = tl.arange(0, MAIN)[None, :]
     inside = rows[:, None] < end
-    main = tl.load(here + column, mask=inside & (column < width), other=0.0)  # [R, MAIN]
-    if TAIL == 0:
-        return (main,)
-    column = MAIN + tl.arange(0, TAIL)[None, :]
-    tail = tl.load(here + column, mask=inside & (column < width), other=0.0)  # [R, TAIL]
-    return (main, tail)
+    tiles = (tl.load(here + column, mask=inside & (column < width), other=0.0),)  # [R, MAIN]
+    if TAIL > 0:
+        column = MAIN + tl.arange(0, TAIL)[None, :]
+        tail = tl.load(here + column, mask=inside & (column < width), other=0.0)  # [R, TAIL]
+        tiles = tiles + (tail,)
+    return tiles
 
 
 @triton.jit
@@ -99,19 +101,18 @@ def store_head(base, rows, row_stride, end, width, tiles, MAIN: tl.constexpr, TA
     column = tl.arange(0, MAIN)[None, :]
     inside = rows[:, None] < end
     dtype = base.dtype.element_ty
-    tl.store(here + column, tiles[0].to(dtype), mask=inside & (column < width))
+    tl.store(here + column, round_to(tiles[0], dtype), mask=inside & (column < width))
     if TAIL > 0:
         column = MAIN + tl.arange(0, TAIL)[None, :]
-        tl.store(here + column, tiles[1].to(dtype), mask=inside & (column < width))
+        tl.store(here + column, round_to(tiles[1], dtype), mask=inside & (column < width))
 
 
 @triton.jit
 def load_mask(mask, offset, width, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """Loads a head's part of the mask, float32 [D], as a tuple of rows [MAIN] and [TAIL]."""
     column = tl.arange(0, MAIN)
-    main = tl.load(mask + offset + column, mask=column < width, other=0.0)
-    if TAIL == 0:
-        return (main,)
-    column = MAIN + tl.arange(0, TAIL)
-    tail = tl.load(mask + offset + column, mask=column < width, other=0.0)
-    return (main, tail)
+    tiles = (tl.load(mask + offset + column, mask=column < width, other=0.0),)
+    if TAIL > 0:
+        column = MAIN + tl.arange(0, TAIL)
+        tiles = tiles + (tl.load(mask + offset + column, mask=column < width, other=0.0),)
+    return tiles

@@ -14,7 +14,8 @@ VERSION = 1  # of the kernels' configurations; a file of another one is not read
 
 def path(device: torch.device) -> Path:
     """Returns the file of a GPU's tuned configurations, beside Triton's compiled kernels."""
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Path(triton.knobs.cache.dir) / f"vitslim-{name}.json"
 
 

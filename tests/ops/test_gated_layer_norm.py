@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from accuracy import assert_within_budget
 from torch import nn
 
-from vitslim.ops import gated_layer_norm
+from vitslim.ops import gated_layer_norm, use_backend, why_not
 
 OP = "gated_layer_norm"
 EPS = 1e-6
@@ -79,6 +79,72 @@ def test_backends_keep_the_error_budget(shape, dtype, gated, forced, device):
     actual = gradients(gated_layer_norm, inputs, grad)
     for name in exact:
         assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("channels", [384, 1000, 1280], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widths_that_are_no_power_of_two(channels, dtype, forced, device):
+    forced(OP, dtype)
+    inputs, grad = make(2, 3, channels, dtype, device)
+    wide = [each.double() for each in inputs]
+    exact = gradients(eager, wide, grad.double())
+    plain = gradients(eager, inputs, grad)
+    actual = gradients(gated_layer_norm, inputs, grad)
+    for name in exact:
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+def test_a_program_walks_over_many_rows(forced, device, monkeypatch):
+    if forced(OP, torch.float32) == "triton":
+        monkeypatch.setattr("vitslim.triton_kernels.configs.processors", lambda _: 2)
+    inputs, grad = make(41, 33, 16, device=device)
+    exact = gradients(eager, [each.double() for each in inputs], grad.double())
+    plain = gradients(eager, inputs, grad)
+    actual = gradients(gated_layer_norm, inputs, grad)
+    for name in exact:
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("channels", [64, 100], ids=str)
+def test_a_large_mean_costs_no_variance(channels, forced, device):
+    forced(OP, torch.float32)
+    (x, weight, bias, gate), grad = make(2, 5, channels, device=device)
+    # Multiples of a quarter, so that the offset itself rounds nothing.
+    small = (x * 4).round() / 4
+    expected = gradients(eager, [small.double(), weight.double(), bias.double(), gate], grad)
+    actual = gradients(gated_layer_norm, [small + 2.0**12, weight, bias, gate], grad)
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name].double(), expected[name].double(), rtol=0, atol=0.01
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters_with_half_precision_rows(dtype, forced, device):
+    # What autocast gives: rows from a linear, parameters as they are stored.
+    forced(OP, dtype)
+    (x, weight, bias, gate), grad = make(2, 9, 48, device=device)
+    x, grad = x.to(dtype), grad.to(dtype)
+    exact = gradients(eager, [each.double() for each in (x, weight, bias, gate)], grad.double())
+    actual = gradients(gated_layer_norm, [x, weight, bias, gate], grad)
+    assert actual["out"].dtype == actual["x"].dtype == dtype
+    for name in ("weight", "bias", "gate"):
+        assert actual[name].dtype == torch.float32
+        torch.testing.assert_close(actual[name].double(), exact[name], rtol=1e-5, atol=1e-4)
+    for name in ("out", "x"):
+        torch.testing.assert_close(actual[name].double(), exact[name], rtol=1e-2, atol=1e-2)
+
+
+def test_triton_names_its_widest_row(device):
+    reason = why_not("triton", OP, device, torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    x, parameter = torch.randn(1, 1, 4097, device=device), torch.randn(4097, device=device)
+    with (
+        use_backend("triton", OP),
+        pytest.raises(ValueError, match="4097 channels and Triton's kernels hold 4096"),
+    ):
+        gated_layer_norm(x, parameter, parameter, EPS)
 
 
 def test_strided_input_and_stride_zero_gradient(forced, device):

@@ -19,7 +19,16 @@ TIMM = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
 }
-SHAPES = [(2, 50, 48, 96, 48), (3, 1, 7, 13, 5), (1, 17, 33, 1, 33), (2, 9, 8, 40, 8)]
+SHAPES = [
+    (2, 50, 48, 96, 48),
+    (3, 1, 7, 13, 5),
+    (1, 17, 33, 1, 33),
+    (2, 9, 8, 40, 8),
+    # More than one block of rows, of hidden units and of channels, none of them whole; then whole
+    # blocks of channels.
+    (2, 40, 70, 130, 50),
+    (1, 70, 64, 72, 128),
+]
 
 
 def make(batch, tokens, channels, hidden, out, dtype=torch.float32, device="cpu", masked=True):
@@ -88,6 +97,40 @@ def test_backends_keep_the_error_budget(act, shape, dtype, masked, forced, devic
     actual = gradients(masked_mlp, inputs, act, grad)
     for name in exact:
         assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+# An exponential that overflows leaves the right limit of a sigmoid.
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_backends_know_every_activation(act, forced, device):
+    forced(OP, torch.float32)
+    inputs, grad = make(1, 40, 8, 96, 8, device=device)
+    # Far into both tails, and where nothing is left of either.
+    inputs[0] *= torch.logspace(-1, 2, 40, device=device)[:, None]
+    wide = [each.double() for each in inputs]
+    exact = gradients(eager, wide, act, grad.double())
+    plain = gradients(eager, inputs, act, grad)
+    actual = gradients(masked_mlp, inputs, act, grad)
+    for name in exact:
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_stays_in_its_row(act, forced, device):
+    forced(OP, torch.float32)
+    inputs, _ = make(1, 9, 8, 12, 8, device=device)
+    inputs[0][0, 3, 5] = torch.nan
+    out = masked_mlp(*inputs, act)[0]
+    assert out[3].isnan().all()
+    assert out[torch.arange(9, device=device) != 3].isfinite().all()
+
+
+def test_same_bits_every_time(forced, device):
+    forced(OP, torch.float32)
+    inputs, grad = make(2, 75, 48, 96, 48, device=device)
+    first, second = (gradients(masked_mlp, inputs, "gelu", grad) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 def test_strided_input_and_stride_zero_gradient(forced, device):

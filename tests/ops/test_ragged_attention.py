@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from accuracy import assert_within_budget
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitslim.ops import ragged_attention, use_backend
+from vitslim.ops import ragged_attention, use_backend, why_not
 
 OP = "ragged_attention"
 SCALE = 64**-0.5
@@ -88,6 +88,24 @@ def test_backends_keep_the_error_budget(shape, dtype, masked, forced, device):
     exact = gradients(eager, qkv.double(), shape[2], wide_mask, grad.double())
     plain = gradients(eager, qkv, shape[2], mask, grad)
     actual = gradients(ragged_attention, qkv, shape[2], mask, grad)
+    for name in exact:
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("shape", [(1, 197, (9, 34)), (2, 50, (64,)), (1, 256, (16,))], ids=str)
+def test_triton_backward_of_a_large_batch(shape, masked, device, monkeypatch):
+    """With few processors these batches are large, and keys and values stay on chip."""
+    reason = why_not("triton", OP, device, torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr("vitslim.triton_kernels.configs.processors", lambda device: 1)
+    qkv, mask, grad = make(*shape, torch.bfloat16, device, masked)
+    wide_mask = None if mask is None else mask.double()
+    exact = gradients(eager, qkv.double(), shape[2], wide_mask, grad.double())
+    plain = gradients(eager, qkv, shape[2], mask, grad)
+    with use_backend("triton", OP):
+        actual = gradients(ragged_attention, qkv, shape[2], mask, grad)
     for name in exact:
         assert_within_budget(actual[name], plain[name], exact[name], name)
 
