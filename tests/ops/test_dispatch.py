@@ -29,9 +29,11 @@ def test_native_is_chosen_where_it_can_run():
 
 
 def test_why_not_gives_the_reason():
-    assert "GPU" in why_not("triton", "masked_mlp", "cpu", torch.float32) or (
-        "triton" in why_not("triton", "masked_mlp", "cpu", torch.float32)
-    )
+    reason = why_not("native", "ragged_attention", "cpu", torch.float64)
+    assert "native" in reason
+    if torch.cuda.is_available():
+        reason = why_not("triton", "masked_mlp", "cpu", torch.float32)
+        assert reason == "triton runs on cuda, not on cpu"
     with pytest.raises(ValueError, match="no backend is called 'cuda'"):
         why_not("cuda", "masked_mlp", "cpu", torch.float32)
 
@@ -56,6 +58,24 @@ def test_use_backend_restores_what_was_there_before():
         assert find("ragged_attention", "cpu", torch.float32).__name__ == "vitslim.reference"
     finally:
         use_backend(None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_says_so_unless_it_is_interpreted():
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from vitslim.ops import why_not;"
+        "print(why_not('triton', 'masked_mlp', 'cpu', torch.float32))"
+    )
+    for interpret, said in (("0", "triton needs a GPU and torch sees none"), ("1", "None")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"TRITON_INTERPRET": interpret},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.strip() == said
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,10 @@ _OPS = {
 #   1.02  masks folded, then scaled_dot_product_attention
 #   1.08  the first, and masked_mlp
 # SlimAttention on the CPU is 3.6 and more times faster than heads padded for SDPA
-# (benchmarks/bench_ragged_attention.py). On CUDA there is no kernel yet, so heads are padded there.
+# (benchmarks/bench_ragged_attention.py).
+# CUDA has no entry: the Triton kernels are checked (tests/ops/test_aot.py) and were never timed.
+# Until benchmarks/results/ holds `make gpu` of a GPU, masks are folded and heads padded for SDPA
+# there; vitslim.use_backend("triton") or VITSLIM_BACKEND=triton takes the kernels all the same.
 _WINS = {
     ("SlimAttention", "cpu"): "native",
     ("dense attention", "cpu"): "native",
