@@ -29,13 +29,17 @@ TILES = {
 }
 
 
-def tile_width(width: int) -> int:
-    """Returns the width of the narrowest tile that holds a head."""
-    for tile in TILES:
-        if width <= tile:
-            return tile
+# The widest head of a dtype by its bytes: registers hold no more of float32.
+WIDEST = {2: 256, 4: 128}
+
+
+def tile_width(width: int, itemsize: int) -> int:
+    """Returns the width of the narrowest tile that holds a head of a dtype of so many bytes."""
+    if width <= WIDEST[itemsize]:
+        return next(tile for tile in TILES if width <= tile)
     raise ValueError(
-        f"ragged_attention: a head is {width} wide and Triton's kernels hold {max(TILES)} at most; "
+        f"ragged_attention: a head is {width} wide and Triton's kernels hold {WIDEST[itemsize]} at "
+        f"most in a dtype of {8 * itemsize} bits; "
         'use another backend, vitslim.use_backend("reference", "ragged_attention")'
     )
 
@@ -57,13 +61,13 @@ def head_table(head_dims: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def narrowest_and_widest(head_dims: Sequence[int]) -> tuple[int, int]:
+def narrowest_and_widest(head_dims: Sequence[int], itemsize: int) -> tuple[int, int]:
     """Returns the tile widths between which a kernel must choose.
 
     The narrowest is the widest itself where all heads share a tile, else 16, so that a model's
     layers, each with its own widths, need few compiled kernels.
     """
-    tiles = {tile_width(width) for width in head_dims}
+    tiles = {tile_width(width, itemsize) for width in head_dims}
     widest = max(tiles)
     return (widest if len(tiles) == 1 else min(TILES)), widest
 
@@ -116,3 +120,11 @@ def load_mask(mask, offset, width, MAIN: tl.constexpr, TAIL: tl.constexpr):
         column = MAIN + tl.arange(0, TAIL)
         tiles = tiles + (tl.load(mask + offset + column, mask=column < width, other=0.0),)
     return tiles
+
+
+@triton.jit
+def multiple_of_8(x, ALIGNED: tl.constexpr):
+    """Returns x, if ALIGNED in a way that shows the compiler that it is a multiple of 8."""
+    if ALIGNED:
+        x = x // 8 * 8
+    return x

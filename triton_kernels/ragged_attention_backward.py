@@ -39,10 +39,11 @@ from .configs import Config, Table
 from .ragged_attention_backward_streaming import (
     LOG2_E,
     _ragged_attention_backward_streaming_kernel,
+)
+from .tiles import (
     accumulate,
     column_dots,
     masked,
-    multiple_of_8,
     outer,
     row_dots,
     store_gradient,
@@ -50,7 +51,10 @@ from .ragged_attention_backward_streaming import (
     zeros,
 )
 
-RESIDENT_TOKENS = 256
+# The most keys that a program keeps, by the widest tile on GPUs with mma, and with wgmma: beyond
+# them registers spill.
+MMA_TOKENS = {16: 256, 32: 256, 64: 192}
+WGMMA_TOKENS = 256
 # (wider than, at most): powers of two, for two narrow products take longer than a wider one here.
 TILES = tl.constexpr(((0, 16), (16, 32), (32, 64)))
 TILE_COUNT = tl.constexpr(3)
@@ -72,17 +76,17 @@ def _resident(
 ):  # fmt: skip
     grad_out, qkv, out, lse, grad_qkv, partial, mask, all_heads, D, tokens, scale = args[:11]
     g_b, g_n, q_b, q_n, o_b, o_n = args[11:]
-    offset = multiple_of_8(tl.load(row + 1), ALIGNED)
-    width = multiple_of_8(tl.load(row + 2), ALIGNED)
-    D = multiple_of_8(D, ALIGNED)
+    offset = heads.multiple_of_8(tl.load(row + 1), ALIGNED)
+    width = heads.multiple_of_8(tl.load(row + 2), ALIGNED)
+    D = heads.multiple_of_8(D, ALIGNED)
     g_n, q_n, o_n = (
-        multiple_of_8(g_n, ALIGNED),
-        multiple_of_8(q_n, ALIGNED),
-        multiple_of_8(o_n, ALIGNED),
+        heads.multiple_of_8(g_n, ALIGNED),
+        heads.multiple_of_8(q_n, ALIGNED),
+        heads.multiple_of_8(o_n, ALIGNED),
     )
-    grad_out += image * multiple_of_8(g_b, ALIGNED)
-    qkv += image * multiple_of_8(q_b, ALIGNED)
-    out += image * multiple_of_8(o_b, ALIGNED)
+    grad_out += image * heads.multiple_of_8(g_b, ALIGNED)
+    qkv += image * heads.multiple_of_8(q_b, ALIGNED)
+    out += image * heads.multiple_of_8(o_b, ALIGNED)
     grad_qkv += image * tokens * (3 * D)
     lse += (image * all_heads + tl.load(row)) * tokens
     # The mask goes to keys and values, once: q and grad_out are then read by the tensor cores from
@@ -134,7 +138,7 @@ def _resident(
         )
 
     # Read anew, so that the compiler holds no addresses in registers during the loop.
-    offset = multiple_of_8(tl.load(row + 1), ALIGNED)
+    offset = heads.multiple_of_8(tl.load(row + 1), ALIGNED)
     qkv += offset + 2 * D
     grad_qkv += offset + D
     for t in tl.static_range(len(KEY_TILES)):
@@ -202,7 +206,8 @@ _STREAMING = "ragged_attention_backward_streaming"
 # What fits is decided by registers: A_k and A_v alone take half of them. wgmma does well with one
 # large tile of keys, and reads all of it from shared memory for every block of queries, so that the
 # larger block is the better where it fits. mma wastes nothing on keys that are not there if the
-# tiles are small. KEYS is the most rows of a tile.
+# tiles are small. KEYS is the most rows of a tile. Heads that do not start at multiples of 16
+# bytes, the odd ones, leave too few registers and stream.
 _WGMMA: Config = {"KEYS": 256, "BLOCK_M": 32, "num_warps": 8, "num_stages": 2}
 _MMA: Config = {"KEYS": 64, "BLOCK_M": 16, "num_warps": 8, "num_stages": 2}
 _SM80 = {f"16-bit {tile}{case}": _MMA for tile in (16, 32, 64) for case in ("", " masked")}
@@ -210,19 +215,28 @@ _SM90 = {key: _WGMMA | {"BLOCK_M": 16 if "masked" in key else 32} for key in _SM
 RESIDENT: Table = {"sm80": _SM80, "sm86": {}, "sm90": _SM90, "gfx942": {}}
 
 
-def _streaming(tile: int, bits: int) -> Config:
-    """Returns what a program holds without spilling; BLOCK_M rows are its own, BLOCK_N pass by."""
+def _streaming(tile: int, bits: int, case: str) -> Config:
+    """Returns what a program holds without spilling; BLOCK_M rows are its own, BLOCK_N pass by.
+
+    Where heads do not start at multiples of 16 bytes, every element has an address of its own.
+    """
     if bits == 16 and tile <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        block_m = 32 if "odd" in case else 64
+        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if bits == 16:
         block_n = 32 if tile <= 128 else 16
         return {"BLOCK_M": 32, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 2}
     if tile <= 64:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2 if tile <= 128 else 1}
+        return {"BLOCK_M": 16 if case else 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
 
 
-_ALL = {f"{bits}-bit {tile}": _streaming(tile, bits) for bits in (16, 32) for tile in heads.TILES}
+_ALL = {
+    f"{bits}-bit {tile}{case}": _streaming(tile, bits, case)
+    for bits, tiles in ((16, (16, 32, 64, 128, 256)), (32, (16, 32, 64, 128)))
+    for tile in tiles
+    for case in ("", " masked", " odd", " masked odd")
+}
 CONFIGS: Table = dict.fromkeys(("sm80", "sm86", "sm90", "gfx942"), _ALL)
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     _RESIDENT: (
@@ -242,16 +256,16 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
 
 
 @lru_cache(maxsize=1024)
-def _streaming_widths(head_dims: tuple[int, ...]) -> tuple[int, int]:
-    """Returns the tile widths between which the heads that have columns choose."""
-    return heads.narrowest_and_widest([width for width in head_dims if width > 0])
-
-
-@lru_cache(maxsize=1024)
-def _resident_widths(head_dims: tuple[int, ...]) -> tuple[int, int]:
-    """Returns the same among the powers of two of the resident kernel."""
+def _widths(head_dims: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Returns the powers of two between which the heads that have columns choose."""
     tiles = {max(16, triton.next_power_of_2(width)) for width in head_dims if width > 0}
+    heads.tile_width(max(head_dims), itemsize)  # complains of what nothing holds
     return max(tiles) if len(tiles) == 1 else 16, max(tiles)
+
+
+def _resident_tokens(widest: int, generation: str) -> int:
+    """Returns for how many tokens the resident kernel is."""
+    return WGMMA_TOKENS if generation == "sm90" else MMA_TOKENS[widest]
 
 
 @lru_cache(maxsize=1024)
@@ -288,22 +302,22 @@ def ragged_attention_backward(
     live_heads = len(dims) - dims.count(0)
     pairs = batch * live_heads
     bits = f"{8 * qkv.element_size()}-bit"
-    narrowest, widest = _resident_widths(dims)
-    key = f"{bits} {widest}{'' if mask is None else ' masked'}"
+    narrowest, widest = _widths(dims, qkv.element_size())
+    aligned = heads.vectorises(dims, grad_out, qkv, out)
+    key = f"{bits} {widest}{'' if mask is None else ' masked'}{'' if aligned else ' odd'}"
     first: tuple[int, ...] = ()
     # Where half of the multiprocessors would stand idle, more and shorter programs are faster.
     if (
-        tokens <= RESIDENT_TOKENS
-        and key in RESIDENT[configs.generation(device)]
+        key in RESIDENT[configs.generation(device)]
+        and tokens <= _resident_tokens(widest, configs.generation(device))
         and 2 * pairs >= configs.processors(device)
     ):
         kernel, programs, parts = _ragged_attention_backward_resident_kernel, pairs, batch
         meta: dict[str, Any] = dict(configs.choose(_RESIDENT, RESIDENT, key, device))
         meta["KEY_TILES"] = _key_tiles(tokens, meta.pop("KEYS"))
     else:
-        narrowest, widest = _streaming_widths(dims)
         kernel = _ragged_attention_backward_streaming_kernel
-        meta = dict(configs.choose(_STREAMING, CONFIGS, f"{bits} {widest}", device))
+        meta = dict(configs.choose(_STREAMING, CONFIGS, key, device))
         blocks = triton.cdiv(tokens, meta["BLOCK_M"])
         programs, parts, first = 2 * pairs * blocks, batch * blocks, (blocks,)
     # Every program's part of the mask's gradient; those of all heads fill a row.
@@ -328,7 +342,7 @@ def ragged_attention_backward(
         *qkv.stride()[:2],
         *out.stride()[:2],
         scale,
-        ALIGNED=heads.vectorises(dims, grad_out, qkv, out),
+        ALIGNED=aligned,
         NARROWEST=narrowest,
         WIDEST=widest,
         PRECISION=precision(qkv),

@@ -1,4 +1,4 @@
-"""`ragged_attention`, backward, for any number of tokens, and the helpers of both its kernels.
+"""`ragged_attention`, backward, for any number of tokens.
 
 The formulas and the layout stand in ragged_attention_backward.py. Here half of the programs own a
 block of keys of one head of one image, go through the queries, and leave with grad_k, grad_v and
@@ -14,117 +14,48 @@ import triton
 import triton.language as tl
 
 from . import heads
-from .common import dot, round_to
+from .common import round_to
+from .tiles import (
+    accumulate,
+    column_dots,
+    masked,
+    outer,
+    row_dots,
+    store_gradient,
+    store_mask_gradient,
+    zeros,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# (wider than, at most, main, tail) of every tile.
-TILES = tl.constexpr(
-    tuple((below, at_most, *heads.TILES[at_most])
-          for below, at_most in zip((0, *heads.TILES), heads.TILES, strict=False))
-)  # fmt: skip
-TILE_COUNT = tl.constexpr(len(heads.TILES))
+# (wider than, at most): powers of two. Two narrow tiles instead of a wider one hold more addresses,
+# for which there are no registers in any of the bodies below.
+TILES = tl.constexpr(((0, 16), (16, 32), (32, 64), (64, 128), (128, 256)))
+TILE_COUNT = tl.constexpr(5)
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """Returns float32 tiles for a head's columns of ROWS rows."""
-    tiles = (tl.zeros([ROWS, MAIN], tl.float32),)
-    if TAIL > 0:
-        tiles = tiles + (tl.zeros([ROWS, TAIL], tl.float32),)
-    return tiles
-
-
-@triton.jit
-def times(tiles, z, POWER: tl.constexpr):
-    """Returns the tiles with their columns multiplied by z or z^2, rounded once."""
-    products = ()
-    for i in tl.static_range(len(tiles)):
-        factor = z[i]
-        if POWER == 2:
-            factor = z[i] * z[i]
-        wide = tiles[i].to(tl.float32) * factor[None, :]
-        products = products + (round_to(wide, tiles[i].dtype),)
-    return products
-
-
-@triton.jit
-def masked(tiles, mask, offset, width, POWER: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """Returns the tiles times z^POWER; as they are without a mask."""
+def _place(args, image, row, ALIGNED: tl.constexpr):
+    """Returns a head's addresses, strides and numbers from the kernel's arguments."""
+    grad_out, qkv, out, lse, grad_qkv, partial, mask, blocks, all_heads, D, tokens, scale = args[
+        :12
+    ]
+    g_b, g_n, q_b, q_n, o_b, o_n = args[12:]
+    offset = heads.multiple_of_8(tl.load(row + 1), ALIGNED)
+    width = heads.multiple_of_8(tl.load(row + 2), ALIGNED)
+    D = heads.multiple_of_8(D, ALIGNED)
     if mask is not None:
-        tiles = times(tiles, heads.load_mask(mask, offset, width, MAIN, TAIL), POWER)
-    return tiles
-
-
-@triton.jit
-def row_dots(a, b):
-    """Returns sum(a * b) of every row, float32 [rows]."""
-    sums = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
-    for i in tl.static_range(1, len(a)):
-        sums += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
-    return sums
-
-
-@triton.jit
-def column_dots(a, b):
-    """Returns sum(a * b) of every column, a tuple of float32 rows."""
-    sums = ()
-    for i in tl.static_range(len(a)):
-        sums = sums + (tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 0),)
-    return sums
-
-
-@triton.jit
-def outer(a, b, PRECISION: tl.constexpr):
-    """Returns a b^T in float32 [rows of a, rows of b]."""
-    product = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
-    for i in tl.static_range(len(a)):
-        product = dot(a[i], tl.trans(b[i]), product, PRECISION)
-    return product
-
-
-@triton.jit
-def accumulate(weights, tiles, acc, PRECISION: tl.constexpr):
-    """Returns acc + weights tiles, a tuple as tiles is."""
-    sums = ()
-    for i in tl.static_range(len(tiles)):
-        sums = sums + (dot(weights, tiles[i], acc[i], PRECISION),)
-    return sums
-
-
-@triton.jit
-def store_gradient(
-    base, rows, row_stride, end, acc, scale, mask, offset, width,
-    POWER: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """Stores scale z^POWER acc."""
-    tiles = ()
-    for i in tl.static_range(len(acc)):
-        tiles = tiles + (acc[i] * scale,)
-    tiles = masked(tiles, mask, offset, width, POWER, MAIN, TAIL)
-    heads.store_head(base, rows, row_stride, end, width, tiles, MAIN, TAIL)
-
-
-@triton.jit
-def store_mask_gradient(
-    base, q_sums, v_sums, scale, mask, offset, width, MAIN: tl.constexpr, TAIL: tl.constexpr
-):
-    """Stores 2 scale z q_sums + v_sums."""
-    z = heads.load_mask(mask, offset, width, MAIN, TAIL)
-    column = tl.arange(0, MAIN)
-    grad_z = 2.0 * scale * z[0] * q_sums[0] + v_sums[0]
-    tl.store(base + offset + column, grad_z, mask=column < width)
-    if TAIL > 0:
-        column = MAIN + tl.arange(0, TAIL)
-        grad_z = 2.0 * scale * z[1] * q_sums[1] + v_sums[1]
-        tl.store(base + offset + column, grad_z, mask=column < width)
-
-
-@triton.jit
-def multiple_of_8(x, ALIGNED: tl.constexpr):
-    """Returns x, if ALIGNED in a way that shows the compiler that it is a multiple of 8."""
-    if ALIGNED:
-        x = x // 8 * 8
-    return x
+        partial += image * blocks * D
+    return (
+        grad_out + image * heads.multiple_of_8(g_b, ALIGNED) + offset,
+        heads.multiple_of_8(g_n, ALIGNED),
+        qkv + image * heads.multiple_of_8(q_b, ALIGNED) + offset,
+        heads.multiple_of_8(q_n, ALIGNED),
+        out + image * heads.multiple_of_8(o_b, ALIGNED) + offset,
+        heads.multiple_of_8(o_n, ALIGNED),
+        lse + (image * all_heads + tl.load(row)) * tokens,
+        grad_qkv + image * tokens * (3 * D) + offset,
+        partial, mask, D, tokens, offset, width, scale,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -225,30 +156,24 @@ def _ragged_attention_backward_streaming_kernel(
     pair = tl.program_id(0) // (2 * blocks)
     image = (pair // live_heads).to(tl.int64)
     row = table + 3 * (pair % live_heads)
-    offset = multiple_of_8(tl.load(row + 1), ALIGNED)
-    width = multiple_of_8(tl.load(row + 2), ALIGNED)
-    D = multiple_of_8(D, ALIGNED)
-    if mask is not None:
-        partial += image * blocks * D
-    head = (
-        grad_out + image * multiple_of_8(g_b, ALIGNED) + offset,
-        multiple_of_8(g_n, ALIGNED),
-        qkv + image * multiple_of_8(q_b, ALIGNED) + offset,
-        multiple_of_8(q_n, ALIGNED),
-        out + image * multiple_of_8(o_b, ALIGNED) + offset,
-        multiple_of_8(o_n, ALIGNED),
-        lse + (image * all_heads + tl.load(row)) * tokens,
-        grad_qkv + image * tokens * (3 * D) + offset,
-        partial, mask, D, tokens, offset, width, scale,
+    # Raw, since what is computed before the branch is held in registers by every body.
+    args = (
+        grad_out, qkv, out, lse, grad_qkv, partial, mask, blocks, all_heads, D, tokens, scale,
+        g_b, g_n, q_b, q_n, o_b, o_n,
     )  # fmt: skip
+    width = tl.load(row + 2)
     for i in tl.static_range(TILE_COUNT):
         # The first condition is the compiler's, the second the program's.
         if TILES[i][1] >= NARROWEST and TILES[i][1] <= WIDEST:  # noqa: SIM102
             if TILES[i][0] < width and width <= TILES[i][1]:
                 # The owners of keys have more to do and come first.
                 if part < blocks:
-                    _own_keys(head, part, TILES[i][2], TILES[i][3], BLOCK_M, BLOCK_N, PRECISION)
+                    _own_keys(
+                        _place(args, image, row, ALIGNED), part,
+                        TILES[i][1], 0, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
                 else:
                     _own_queries(
-                        head, part - blocks, TILES[i][2], TILES[i][3], BLOCK_M, BLOCK_N, PRECISION
-                    )
+                        _place(args, image, row, ALIGNED), part - blocks,
+                        TILES[i][1], 0, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip

@@ -32,14 +32,9 @@ from .configs import Config, Table
 
 _LOG2_E = 1 / math.log(2)
 _LN_2 = tl.constexpr(math.log(2))
-# Of each tile of heads.TILES: the widest head that a narrower one holds, the widest it holds, MAIN
-# and TAIL.
-_TILES = tl.constexpr(
-    tuple(
-        (below, widest, *heads.TILES[widest])
-        for below, widest in zip((0, *heads.TILES), heads.TILES, strict=False)
-    )
-)
+# Of each tile: the widest head that a narrower one holds, the widest it holds, MAIN and TAIL.
+_BELOW = zip((0, *heads.TILES), heads.TILES.items(), strict=False)
+_TILES = tl.constexpr(tuple((below, widest, *tile) for below, (widest, tile) in _BELOW))
 _TILE_COUNT = tl.constexpr(len(heads.TILES))
 
 
@@ -228,14 +223,6 @@ def _streaming(
     _store(state, rows, out, lse, D, place, scale, mask)
 
 
-@triton.jit
-def _multiple_of_8(x, ALIGNED: tl.constexpr):
-    """Returns x, if ALIGNED in a way that shows the compiler that it is a multiple of 8."""
-    if ALIGNED:
-        x = x // 8 * 8
-    return x
-
-
 @triton.jit(
     do_not_specialize=[
         "tokens", "D", "all_heads", "worked_heads", "splits", "stride_b", "stride_n", "scale",
@@ -257,11 +244,11 @@ def _ragged_attention_forward_kernel(
     entry = table + 3 * (program // splits % worked_heads)
     image = (program // splits // worked_heads).to(tl.int64)
     number = tl.load(entry)
-    offset = _multiple_of_8(tl.load(entry + 1), ALIGNED)
-    width = _multiple_of_8(tl.load(entry + 2), ALIGNED)
-    D = _multiple_of_8(D, ALIGNED)
-    stride_b = _multiple_of_8(stride_b, ALIGNED)
-    stride_n = _multiple_of_8(stride_n, ALIGNED)
+    offset = heads.multiple_of_8(tl.load(entry + 1), ALIGNED)
+    width = heads.multiple_of_8(tl.load(entry + 2), ALIGNED)
+    D = heads.multiple_of_8(D, ALIGNED)
+    stride_b = heads.multiple_of_8(stride_b, ALIGNED)
+    stride_n = heads.multiple_of_8(stride_n, ALIGNED)
     qkv += image * stride_b + offset
     out += image * tokens * D + offset
     lse += (image * all_heads + number) * tokens
@@ -289,19 +276,26 @@ def _config(rows: int, keys: int, chunk: int, warps: int) -> Config:
     return {"BLOCK_M": rows, "BLOCK_N": keys, "CHUNK": chunk, "num_warps": warps, "num_stages": 2}
 
 
-def _keys(wide: dict[int, Config], float32: dict[int, Config]) -> dict[str, Config]:
-    """Returns a generation's table; the arguments' keys are the widest tile that they serve."""
+def _keys(
+    wide: dict[int, Config], float32: dict[int, Config], odd: dict[str, Config]
+) -> dict[str, Config]:
+    """Returns a generation's table; the first two arguments' keys are the widest tile they serve.
+
+    odd: For heads off multiples of 16 bytes, where every element has an address in registers.
+    """
     table = {}
     for tile in heads.TILES:
         table[f"16-bit {tile} resident"] = _config(64, 64, 256, 4)
         table[f"16-bit {tile} streaming"] = next(c for w, c in wide.items() if tile <= w)
-        table[f"32-bit {tile} streaming"] = next(c for w, c in float32.items() if tile <= w)
-    return table
+        if tile <= max(float32):
+            table[f"32-bit {tile} streaming"] = next(c for w, c in float32.items() if tile <= w)
+    return table | {f"{key} odd": odd.get(key, config) for key, config in table.items()}
 
 
-# The largest tiles that spill next to no registers. wgmma, on an H100, wants 64 rows.
+# The largest tiles that spill no registers. wgmma, on an H100, wants 64 rows.
 _MMA = _keys(
     {
+        32: _config(128, 32, 256, 8),
         64: _config(128, 64, 256, 8),
         128: _config(128, 32, 256, 8),
         192: _config(32, 32, 256, 8),
@@ -311,7 +305,11 @@ _MMA = _keys(
         16: _config(64, 64, 64, 4),
         64: _config(32, 16, 64, 4),
         128: _config(16, 16, 64, 4),
-        256: _config(16, 16, 64, 8),
+    },
+    {f"16-bit {tile} resident": _config(32, 64, 256, 8) for tile in heads.TILES}
+    | {
+        "16-bit 128 streaming": _config(32, 32, 256, 8),
+        "32-bit 128 streaming": _config(16, 16, 64, 8),
     },
 )
 _WGMMA = _keys(
@@ -319,9 +317,9 @@ _WGMMA = _keys(
     {
         64: _config(64, 32, 64, 4),
         96: _config(64, 16, 64, 4),
-        128: _config(16, 16, 64, 4),
-        256: _config(16, 16, 64, 8),
+        128: _config(16, 16, 64, 8),
     },
+    {f"32-bit {tile} streaming": _config(32, 16, 64, 8) for tile in heads.TILES if tile <= 96},
 )
 CONFIGS: Table = {"sm80": _MMA, "sm86": _MMA, "sm90": _WGMMA, "gfx942": _MMA}
 _TRIED = ((64, 64, 256, 4), (128, 64, 256, 8), (64, 32, 64, 4), (32, 16, 64, 4))
@@ -376,10 +374,12 @@ def ragged_attention_forward(
         # The peak of the scores is looked for before they are scaled.
         scale = -scale
         qkv = torch.cat((-qkv[..., :D], qkv[..., D:]), 2)
-    narrowest, widest = _cached_widths(dims)
+    narrowest, widest = _cached_widths(dims, qkv.element_size())
     resident = _fits(tokens, sum(heads.TILES[widest]), qkv.element_size(), device)
     bits, path = 8 * qkv.element_size(), "resident" if resident else "streaming"
-    config = configs.choose(_KERNEL, CONFIGS, f"{bits}-bit {widest} {path}", device)
+    aligned = heads.vectorises(dims, qkv, out)
+    key = f"{bits}-bit {widest} {path}{'' if aligned else ' odd'}"
+    config = configs.choose(_KERNEL, CONFIGS, key, device)
     full = rest = 0
     splits = triton.cdiv(tokens, config["BLOCK_M"])
     if resident:
@@ -388,9 +388,9 @@ def ragged_attention_forward(
         splits = _splits(batch * worked_heads, splits, configs.processors(device))
     launch(
         _ragged_attention_forward_kernel, (batch * worked_heads * splits,),
-        qkv, mask, out, lse, heads.head_table(dims, device),
+        qkv, None if mask is None else mask.contiguous(), out, lse, heads.head_table(dims, device),
         tokens, D, len(dims), worked_heads, splits, qkv.stride(0), qkv.stride(1), scale * _LOG2_E,
-        FULL=full, REST=rest, ALIGNED=heads.vectorises(dims, qkv, out), NARROWEST=narrowest,
+        FULL=full, REST=rest, ALIGNED=aligned, NARROWEST=narrowest,
         WIDEST=widest, PRECISION=precision(qkv), **config,
     )  # fmt: skip
     return out, lse

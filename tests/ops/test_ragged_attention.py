@@ -11,7 +11,7 @@ from vitslim.ops import ragged_attention, use_backend, why_not
 OP = "ragged_attention"
 SCALE = 64**-0.5
 SHAPES = [  # batch, tokens, head_dims
-    (2, 197, (18, 34, 45, 49, 54, 29)),
+    (1, 197, (18, 34, 45, 49, 54, 29)),
     (1, 50, (64, 64, 64)),
     (3, 17, (1, 0, 7, 33)),
     (2, 1, (8, 5)),
@@ -19,7 +19,7 @@ SHAPES = [  # batch, tokens, head_dims
     (2, 65, (0, 0, 16)),
     (1, 33, (160,)),
     (5, 16, (16, 24)),
-    (1, 700, (24,)),
+    (1, 400, (24,)),  # more than the 384 keys that the CPU kernels take at a time
 ]
 
 
@@ -82,8 +82,12 @@ def test_opcheck(masked, forced, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_backends_keep_the_error_budget(shape, dtype, masked, forced, device):
-    forced(OP, dtype)
+    backend = forced(OP, dtype)
     qkv, mask, grad = make(*shape, dtype, device, masked)
+    if backend == "triton" and dtype == torch.float32 and max(shape[2]) > 128:
+        with pytest.raises(ValueError, match="160 wide and Triton's kernels hold 128 at most"):
+            ragged_attention(qkv, shape[2], SCALE, mask)
+        return
     wide_mask = None if mask is None else mask.double()
     exact = gradients(eager, qkv.double(), shape[2], wide_mask, grad.double())
     plain = gradients(eager, qkv, shape[2], mask, grad)
@@ -93,7 +97,7 @@ def test_backends_keep_the_error_budget(shape, dtype, masked, forced, device):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("shape", [(1, 197, (9, 34)), (2, 50, (64,)), (1, 256, (16,))], ids=str)
+@pytest.mark.parametrize("shape", [(1, 190, (8, 40)), (2, 50, (64,)), (1, 256, (16,))], ids=str)
 def test_triton_backward_of_a_large_batch(shape, masked, device, monkeypatch):
     """With few processors these batches are large, and keys and values stay on chip."""
     reason = why_not("triton", OP, device, torch.bfloat16)
@@ -136,6 +140,18 @@ def test_stride_zero_gradient(forced, device):
     expected = gradients(ragged_attention, qkv, (5, 8), mask, torch.ones(2, 19, 13, device=device))
     leaf = qkv.clone().requires_grad_()
     ragged_attention(leaf, (5, 8), SCALE, mask).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected["qkv"])
+
+
+def test_a_mask_may_be_strided(forced, device):
+    forced(OP, torch.float32)
+    qkv, _, grad = make(2, 9, (5, 8), device=device)
+    mask = torch.rand(13, 2, device=device)[:, 0]
+    expected = gradients(ragged_attention, qkv, (5, 8), mask.contiguous(), grad)
+    leaf = qkv.detach().requires_grad_()
+    out = ragged_attention(leaf, (5, 8), SCALE, mask)
+    out.backward(grad)
+    torch.testing.assert_close(out.detach(), expected["out"])
     torch.testing.assert_close(leaf.grad, expected["qkv"])
 
 
