@@ -215,13 +215,13 @@ _SM90 = {key: _WGMMA | {"BLOCK_M": 16 if "masked" in key else 32} for key in _SM
 RESIDENT: Table = {"sm80": _SM80, "sm86": {}, "sm90": _SM90, "gfx942": {}}
 
 
-def _streaming(tile: int, bits: int, case: str) -> Config:
+def _streaming(tile: int, bits: int, case: str, wgmma: bool) -> Config:
     """Returns what a program holds without spilling; BLOCK_M rows are its own, BLOCK_N pass by.
 
     Where heads do not start at multiples of 16 bytes, every element has an address of its own.
     """
     if bits == 16 and tile <= 64:
-        block_m = 32 if "odd" in case else 64
+        block_m = 32 if "odd" in case or ("masked" in case and not wgmma) else 64
         return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if bits == 16:
         block_n = 32 if tile <= 128 else 16
@@ -231,13 +231,15 @@ def _streaming(tile: int, bits: int, case: str) -> Config:
     return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
 
 
-_ALL = {
-    f"{bits}-bit {tile}{case}": _streaming(tile, bits, case)
-    for bits, tiles in ((16, (16, 32, 64, 128, 256)), (32, (16, 32, 64, 128)))
-    for tile in tiles
-    for case in ("", " masked", " odd", " masked odd")
+CONFIGS: Table = {
+    generation: {
+        f"{bits}-bit {tile}{case}": _streaming(tile, bits, case, generation == "sm90")
+        for bits, tiles in ((16, (16, 32, 64, 128, 256)), (32, (16, 32, 64, 128)))
+        for tile in tiles
+        for case in ("", " masked", " odd", " masked odd")
+    }
+    for generation in configs.SHARED_MEMORY
 }
-CONFIGS: Table = dict.fromkeys(("sm80", "sm86", "sm90", "gfx942"), _ALL)
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     _RESIDENT: (
         _MMA,

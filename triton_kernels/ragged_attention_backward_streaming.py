@@ -35,16 +35,15 @@ TILE_COUNT = tl.constexpr(5)
 
 @triton.jit
 def _place(args, image, row, ALIGNED: tl.constexpr):
-    """Returns a head's addresses, strides and numbers from the kernel's arguments."""
-    grad_out, qkv, out, lse, grad_qkv, partial, mask, blocks, all_heads, D, tokens, scale = args[
-        :12
-    ]
-    g_b, g_n, q_b, q_n, o_b, o_n = args[12:]
+    """Returns a head's addresses, strides and numbers from the kernel's arguments.
+
+    But for mask and partial, which may be None, and a helper cannot return None in every Triton.
+    """
+    grad_out, qkv, out, lse, grad_qkv = args[:5]
+    all_heads, D, tokens, scale, g_b, g_n, q_b, q_n, o_b, o_n = args[8:]
     offset = heads.multiple_of_8(tl.load(row + 1), ALIGNED)
     width = heads.multiple_of_8(tl.load(row + 2), ALIGNED)
     D = heads.multiple_of_8(D, ALIGNED)
-    if mask is not None:
-        partial += image * blocks * D
     return (
         grad_out + image * heads.multiple_of_8(g_b, ALIGNED) + offset,
         heads.multiple_of_8(g_n, ALIGNED),
@@ -54,18 +53,20 @@ def _place(args, image, row, ALIGNED: tl.constexpr):
         heads.multiple_of_8(o_n, ALIGNED),
         lse + (image * all_heads + tl.load(row)) * tokens,
         grad_qkv + image * tokens * (3 * D) + offset,
-        partial, mask, D, tokens, offset, width, scale,
+        D, tokens, offset, width, scale,
     )  # fmt: skip
 
 
 @triton.jit
 def _own_keys(
-    head, block, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    args, image, row, block, ALIGNED: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores grad_k and grad_v of BLOCK_M rows."""
-    grad_out, g_n, qkv, q_n, out, o_n, lse, grad_qkv, partial, mask = head[:10]
-    D, tokens, offset, width, scale = head[10:]
+    partial, mask, blocks = args[5], args[6], args[7]
+    head = _place(args, image, row, ALIGNED)
+    grad_out, g_n, qkv, q_n, out, o_n, lse, grad_qkv = head[:8]
+    D, tokens, offset, width, scale = head[8:]
     own = block * BLOCK_M + tl.arange(0, BLOCK_M)
     k = heads.load_head(qkv + D, own, q_n, tokens, width, MAIN, TAIL)
     v = heads.load_head(qkv + 2 * D, own, q_n, tokens, width, MAIN, TAIL)
@@ -94,9 +95,8 @@ def _own_keys(
         k_sums = column_dots(raw, k_rows)
         raw = heads.load_head(qkv + 2 * D, own, q_n, tokens, width, MAIN, TAIL)
         v_sums = column_dots(raw, v_rows)
-        store_mask_gradient(
-            partial + block * D, k_sums, v_sums, scale, mask, offset, width, MAIN, TAIL
-        )
+        partial += (image * blocks + block) * D
+        store_mask_gradient(partial, k_sums, v_sums, scale, mask, offset, width, MAIN, TAIL)
     store_gradient(
         grad_qkv + D, own, 3 * D, tokens, acc_k, scale, mask, offset, width, 2, MAIN, TAIL
     )
@@ -107,12 +107,14 @@ def _own_keys(
 
 @triton.jit
 def _own_queries(
-    head, block, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    args, image, row, block, ALIGNED: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores grad_q of BLOCK_M rows."""
-    grad_out, g_n, qkv, q_n, out, o_n, lse, grad_qkv, _partial, mask = head[:10]
-    D, tokens, offset, width, scale = head[10:]
+    mask = args[6]
+    head = _place(args, image, row, ALIGNED)
+    grad_out, g_n, qkv, q_n, out, o_n, lse, grad_qkv = head[:8]
+    D, tokens, offset, width, scale = head[8:]
     own = block * BLOCK_M + tl.arange(0, BLOCK_M)
     q = heads.load_head(qkv, own, q_n, tokens, width, MAIN, TAIL)
     grad = heads.load_head(grad_out, own, g_n, tokens, width, MAIN, TAIL)
@@ -169,11 +171,11 @@ def _ragged_attention_backward_streaming_kernel(
                 # The owners of keys have more to do and come first.
                 if part < blocks:
                     _own_keys(
-                        _place(args, image, row, ALIGNED), part,
+                        args, image, row, part, ALIGNED,
                         TILES[i][1], 0, BLOCK_M, BLOCK_N, PRECISION,
                     )  # fmt: skip
                 else:
                     _own_queries(
-                        _place(args, image, row, ALIGNED), part - blocks,
+                        args, image, row, part - blocks, ALIGNED,
                         TILES[i][1], 0, BLOCK_M, BLOCK_N, PRECISION,
                     )  # fmt: skip
