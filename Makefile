@@ -33,7 +33,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
 # What the Triton kernels compile to on every GPU they are for: registers, spills, shared memory,
-# tensor-core instructions. No GPU is needed; half an hour on two cores.
+# tensor-core instructions. No GPU is needed; long on two cores, half an hour by estimate.
 aot: $(VENV)/.built
 	$(PY) tests/aot.py --all
 

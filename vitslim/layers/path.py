@@ -27,8 +27,8 @@ _OPS = {
 #   0.98  the first, and gated_layer_norm
 #   1.02  masks folded, then scaled_dot_product_attention
 #   1.08  the first, and masked_mlp
-# SlimAttention on the CPU is 3.6 and more times faster than heads padded for SDPA
-# (benchmarks/bench_ragged_attention.py).
+# Attention alone on the CPU is 2.6 and more times faster than SDPA on heads that the projection has
+# padded, which is the other way of SlimAttention (benchmarks/bench_ragged_attention.py).
 # CUDA has no entry: the Triton kernels are checked (tests/ops/test_aot.py) and were never timed.
 # Until benchmarks/results/ holds `make gpu` of a GPU, masks are folded and heads padded for SDPA
 # there; vitslim.use_backend("triton") or VITSLIM_BACKEND=triton takes the kernels all the same.
