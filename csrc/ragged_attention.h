@@ -8,17 +8,10 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+#include "threads.h"
+
 namespace vitslim {
-
-enum class DType { FLOAT32, BFLOAT16, FLOAT16 };
-
-// How the caller lends its threads: run(count, body, context) calls body(begin, end, context) on
-// ranges that cover 0..count, at once or one after the other, and returns when all are done.
-using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
-struct Threads {
-  int64_t count;
-  void (*run)(int64_t count, ParallelBody body, void* context);
-};
 
 // What forward and backward share. D = head_offsets[heads] is the number of columns of q.
 struct RaggedAttentionShape {
@@ -35,7 +28,7 @@ struct RaggedAttentionForward {
   const void* qkv;    // [batch, tokens, 3 * D]: all heads of q, then of k, then of v
   const float* mask;  // [D], or null
   void* out;          // [batch, tokens, D], contiguous
-  float* lse;         // [batch, heads, tokens], contiguous
+  float* lse;         // [batch, heads, tokens], contiguous, or null
 };
 
 struct RaggedAttentionBackward {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../ragged_attention.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace vitslim {
@@ -107,23 +108,6 @@ inline void to_rows(const float* lanes, int64_t width, int64_t vecs, float* pane
     }
   }
 }
-
-// Hands out pieces of a worker's scratch memory, each on a cache line of its own. Without memory it
-// only adds up how much will be needed.
-class Carver {
- public:
-  explicit Carver(float* memory) : memory_(memory) {}
-  float* take(int64_t floats) {
-    float* piece = memory_ ? memory_ + used_ : nullptr;
-    used_ += round_up(floats, 16);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  float* memory_;
-  int64_t used_ = 0;
-};
 
 }  // namespace
 }  // namespace vitslim

@@ -4,17 +4,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
 #include "isa.h"
 #include "ragged_attention_kernels.h"
+#include "scratch.h"
 
 namespace vitslim {
-namespace {
 
-const RaggedAttentionKernels& kernels() {
+const RaggedAttentionKernels& ragged_attention_kernels() {
 #if defined(__x86_64__)
   if (current_isa() == Isa::AVX512) return ragged_attention_avx512;
   if (current_isa() == Isa::AVX2) return ragged_attention_avx2;
@@ -22,24 +20,7 @@ const RaggedAttentionKernels& kernels() {
   return ragged_attention_portable;
 }
 
-// Scratch memory of this thread, kept from call to call: to map and clear fresh pages would cost as
-// much as a small head.
-float* scratch(int64_t floats) {
-  struct Memory {
-    float* data = nullptr;
-    int64_t floats = 0;
-    ~Memory() { std::free(data); }
-  };
-  static thread_local Memory memory;
-  if (memory.floats < floats) {
-    std::free(memory.data);
-    const size_t bytes = (size_t(floats) * sizeof(float) + 63) / 64 * 64;
-    memory.data = static_cast<float*>(std::aligned_alloc(64, bytes));
-    memory.floats = memory.data ? floats : 0;
-    if (!memory.data) throw std::bad_alloc();
-  }
-  return memory.data;
-}
+namespace {
 
 struct Task {
   int64_t image, head, begin, end;
@@ -76,7 +57,7 @@ std::vector<int64_t> heads_by_width(const RaggedAttentionShape& shape) {
 
 void ragged_attention_forward_cpu(const RaggedAttentionForward& call, const Threads& threads) {
   const RaggedAttentionShape& shape = call.shape;
-  const RaggedAttentionKernels& kernel = kernels();
+  const RaggedAttentionKernels& kernel = ragged_attention_kernels();
   // Few heads are cut into ranges of queries, each a multiple of the widest vector, so that every
   // thread gets about four pieces. A query's result does not depend on the cut.
   const int64_t heads = std::max<int64_t>(1, shape.batch * shape.heads);
@@ -94,14 +75,14 @@ void ragged_attention_forward_cpu(const RaggedAttentionForward& call, const Thre
                          std::min(shape.tokens, (part + 1) * blocks / parts * 16)});
 
   run_tasks(tasks, threads, [&](const Task& task) {
-    float* memory = scratch(kernel.forward_scratch(shape, task.head));
+    float* memory = thread_scratch(kernel.forward_scratch(shape, task.head));
     kernel.forward(call, task.image, task.head, task.begin, task.end, memory);
   });
 }
 
 void ragged_attention_backward_cpu(const RaggedAttentionBackward& call, const Threads& threads) {
   const RaggedAttentionShape& shape = call.shape;
-  const RaggedAttentionKernels& kernel = kernels();
+  const RaggedAttentionKernels& kernel = ragged_attention_kernels();
   std::vector<Task> tasks;
   tasks.reserve(shape.batch * shape.heads);
   const std::vector<int64_t> order = heads_by_width(shape);
@@ -109,7 +90,7 @@ void ragged_attention_backward_cpu(const RaggedAttentionBackward& call, const Th
     for (const int64_t head : order) tasks.push_back({image, head, 0, shape.tokens});
 
   run_tasks(tasks, threads, [&](const Task& task) {
-    float* memory = scratch(kernel.backward_scratch(shape, task.head));
+    float* memory = thread_scratch(kernel.backward_scratch(shape, task.head));
     kernel.backward(call, task.image, task.head, memory);
   });
 }

@@ -179,6 +179,7 @@ void forward_queries(const RaggedAttentionForward& call, const Head& head, int64
   write_panel(s.rows, count, head.width, s.output_factors, at(call.out, target, dtype), dtype,
               head.embed_dim);
 
+  if (!call.lse) return;
   float* lse = call.lse + (image * call.shape.heads + head_index) * head.tokens + query;
   const float scale = __builtin_fabsf(call.shape.scale);
   for (int64_t i = 0; i < count; ++i) lse[i] = scale * s.largest[i] + __builtin_logf(s.total[i]);

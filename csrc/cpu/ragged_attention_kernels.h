@@ -24,4 +24,7 @@ extern const RaggedAttentionKernels ragged_attention_avx2;
 #endif
 extern const RaggedAttentionKernels ragged_attention_portable;
 
+// Those of the instruction set in use.
+const RaggedAttentionKernels& ragged_attention_kernels();
+
 }  // namespace vitslim

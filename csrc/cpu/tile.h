@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "split.h"
 #include "vec.h"
 
 namespace vitslim {
@@ -49,15 +50,16 @@ INLINE void store_tile(float* p, int64_t stride, const Vec (&sums)[R][V]) {
     for (int v = 0; v < V; ++v) store(p + r * stride + v * LANES, sums[r][v]);
 }
 
-// sums[r][v] += sum over k of left(r, k) * right[k][v], where left(r, k) stands at
-// left[r * row_step + k * depth_step].
+// sums[r][v] += sum over k of left(r, k) * right(k, v), where left(r, k) stands at
+// left[r * row_step + k * depth_step] and the vector right(k, v) at
+// right[k * right_stride + v * vec_step].
 template <int R, int V>
 INLINE void multiply(const float* left, int64_t row_step, int64_t depth_step, const float* right,
-                     int64_t right_stride, int64_t depth, Vec (&sums)[R][V]) {
+                     int64_t right_stride, int64_t vec_step, int64_t depth, Vec (&sums)[R][V]) {
   for (int64_t k = 0; k < depth; ++k) {
     Vec vecs[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) vecs[v] = load(right + v * LANES);
+    for (int v = 0; v < V; ++v) vecs[v] = load(right + v * vec_step);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec number = broadcast(left[r * row_step]);
@@ -73,22 +75,15 @@ INLINE void multiply(const float* left, int64_t row_step, int64_t depth_step, co
 template <int R, int V>
 INLINE void multiply_rows(const float* left, int64_t stride, const float* right,
                           int64_t right_stride, int64_t depth, Vec (&sums)[R][V]) {
-  multiply(left, stride, 1, right, right_stride, depth, sums);
+  multiply(left, stride, 1, right, right_stride, LANES, depth, sums);
 }
 
 // left[depth][R], rows `stride` apart: the sum runs down the columns.
 template <int R, int V>
 INLINE void multiply_columns(const float* left, int64_t stride, const float* right,
                              int64_t right_stride, int64_t depth, Vec (&sums)[R][V]) {
-  multiply(left, 1, stride, right, right_stride, depth, sums);
+  multiply(left, 1, stride, right, right_stride, LANES, depth, sums);
 }
-
-// Splits a length into the fewest pieces of at most `limit`, as equal as can be.
-struct Split {
-  int64_t length, pieces;
-  Split(int64_t length, int64_t limit) : length(length), pieces((length + limit - 1) / limit) {}
-  int64_t begin(int64_t piece) const { return piece * length / pieces; }
-};
 
 template <int V, int R, typename Product>
 INLINE void run_tile(const Product& product, int64_t row, int64_t rows) {

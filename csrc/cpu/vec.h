@@ -9,7 +9,7 @@
 // Every target provides
 //   LANES, REGISTERS, Vec                    how wide, how many, and the register's type
 //   zero broadcast load store                no alignment needed
-//   add sub mul div max                      max(a, b) is b when either is NaN
+//   add sub mul div max min                  max(a, b) and min(a, b) are b when either is NaN
 //   fma(a, b, c)                             a * b + c
 //   fraction(x)                              x - floor(x); NaN for NaN
 //   scale_by_exp2_floor(y, x)                y * 2^floor(x); gradual underflow, 0 for x = -inf
@@ -17,6 +17,8 @@
 //   load_first(p, n), store_first(p, x, n)   the first min(n, LANES) numbers of type float,
 //                                            BFloat16 or Float16; missing ones read as 0,
 //                                            stores round to nearest even
+//   load_pairs(p, &even, &odd)               LANES pairs of BFloat16, split by place
+//   round_to_bfloat16(x)                     to nearest even, still float32
 //   transpose(rows)                          a LANES x LANES matrix in registers
 
 #pragma once

@@ -24,6 +24,7 @@ INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 
 INLINE float sum_lanes(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -90,7 +91,8 @@ INLINE Vec load_first(const BFloat16* p, int64_t count) {
   const __m256i bits = _mm256_cvtepu16_epi32(load_first_16(&p->bits, count));
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
-INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
+// The bits of x rounded to bfloat16 stand in the high halves of the lanes, and the low ones are 0.
+INLINE __m256i bfloat16_bits(Vec x) {
   // Round to nearest even by adding half a unit, less one where the kept part is even. A NaN must
   // not round up into an infinity, so it becomes the quiet NaN.
   const __m256i bits = _mm256_castps_si256(x);
@@ -98,10 +100,21 @@ INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
   __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-  rounded = _mm256_srli_epi32(rounded, 16);
+  return _mm256_and_si256(rounded, _mm256_set1_epi32(int(0xffff0000)));
+}
+INLINE Vec round_to_bfloat16(Vec x) { return _mm256_castsi256_ps(bfloat16_bits(x)); }
+INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
+  const __m256i halves = _mm256_srli_epi32(bfloat16_bits(x), 16);
   const __m128i kept =
-      _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+      _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
   store_first_16(&p->bits, kept, count);
+}
+
+// Eight pairs: the low halves of 32-bit lanes, and the high ones.
+INLINE void load_pairs(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
 }
 
 INLINE Vec load_first(const Float16* p, int64_t count) {

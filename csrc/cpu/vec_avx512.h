@@ -24,12 +24,19 @@ INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE float sum_lanes(Vec x) { return _mm512_reduce_add_ps(x); }
 
 INLINE Vec fraction(Vec x) {
   return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 INLINE Vec scale_by_exp2_floor(Vec y, Vec x) { return _mm512_scalef_ps(y, x); }
+
+// table[floor(x)] for 0 <= x < 32.
+INLINE Vec look_up(const float (&table)[32], Vec x) {
+  return _mm512_permutex2var_ps(load(table), _mm512_cvttps_epi32(x), load(table + 16));
+}
+INLINE Vec absolute(Vec x) { return _mm512_abs_ps(x); }
 
 INLINE __mmask16 first_lanes(int64_t count) {
   return count >= LANES ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
@@ -46,7 +53,8 @@ INLINE Vec load_first(const BFloat16* p, int64_t count) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
+// The bits of x rounded to bfloat16 stand in the high halves of the lanes, and the low ones are 0.
+INLINE __m512i bfloat16_bits(Vec x) {
   // Round to nearest even by adding half a unit, less one where the kept part is even. A NaN must
   // not round up into an infinity, so it becomes the quiet NaN.
   const __m512i bits = _mm512_castps_si512(x);
@@ -54,8 +62,19 @@ INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  const __m256i kept = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_and_si512(rounded, _mm512_set1_epi32(int(0xffff0000)));
+}
+INLINE Vec round_to_bfloat16(Vec x) { return _mm512_castsi512_ps(bfloat16_bits(x)); }
+INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
+  const __m256i kept = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_bits(x), 16));
   _mm256_mask_storeu_epi16(p, first_lanes(count), kept);
+}
+
+// Sixteen pairs: the low halves of 32-bit lanes, and the high ones.
+INLINE void load_pairs(const BFloat16* p, Vec* even, Vec* odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
 }
 
 INLINE Vec load_first(const Float16* p, int64_t count) {

@@ -28,6 +28,7 @@ INLINE Vec mul(Vec a, Vec b) { return a * b; }
 INLINE Vec div(Vec a, Vec b) { return a / b; }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 INLINE float sum_lanes(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 // A NaN fails both comparisons and stays; beyond these limits 2^x is 0 or infinity anyway.
@@ -114,6 +115,18 @@ INLINE Vec load_first(const T* p, int64_t count) {
 template <typename T>
 INLINE void store_first(T* p, Vec x, int64_t count) {
   for (int64_t i = 0; i < LANES && i < count; ++i) from_float(x[i], p + i);
+}
+
+INLINE void load_pairs(const BFloat16* p, Vec* even, Vec* odd) {
+  for (int i = 0; i < LANES; ++i) {
+    (*even)[i] = to_float(p[2 * i]);
+    (*odd)[i] = to_float(p[2 * i + 1]);
+  }
+}
+INLINE Vec round_to_bfloat16(Vec x) {
+  BFloat16 rounded[LANES];
+  store_first(rounded, x, LANES);
+  return load_first(rounded, LANES);
 }
 
 INLINE void transpose(Vec (&rows)[LANES]) {
