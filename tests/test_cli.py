@@ -10,6 +10,7 @@ import yaml
 
 import vitslim
 from vitslim.cli import VERBS, main
+from vitslim.ops import OPS, use_backend, why_not
 
 TINY = ("img_size=8", "patch_size=4", "in_chans=1", "num_classes=10", "embed_dim=16", "depth=2")
 TINY += ("num_heads=2",)
@@ -114,10 +115,47 @@ def test_bench_measures_folders_side_by_side(run: Path, capsys) -> None:
     assert str(run / "slim/macs-70") in capsys.readouterr().out
 
 
+def test_eval_of_a_packed_model_says_the_same(run: Path, capsys) -> None:
+    command = ["eval", str(run / "slim/macs-70"), "--data", "digits", "--device", "cpu", "--json"]
+    accuracies = []
+    for options in ([], ["--pack"], ["--pack", "--pack-weights", "bfloat16"]):
+        assert main([*command, *options]) == 0
+        accuracies.append(json.loads(capsys.readouterr().out)["accuracy"])
+    # One of the 360 held-out images may be on the edge.
+    assert accuracies[1:] == pytest.approx([accuracies[0]] * 2, abs=0.6)
+
+
+def test_bench_measures_each_model_packed_too(run: Path, capsys) -> None:
+    options = ["--batch-size", "2", "--seconds", "0.02", "--device", "cpu", "--json", "--pack"]
+    assert main(["bench", str(run), *options]) == 0
+    output = capsys.readouterr()
+    dense, search, slim = (str(run / name) for name in ("dense", "search", "slim/macs-70"))
+    assert list(json.loads(output.out)) == [
+        dense,
+        f"{dense}, packed",
+        search,
+        slim,
+        f"{slim}, packed",
+    ]
+    assert f"{search} is measured unpacked alone: a masked model cannot be packed" in output.err
+
+
+def test_a_forced_backend_that_cannot_run_is_told_in_one_sentence(run: Path, capsys) -> None:
+    if (reason := why_not("triton", "vit_encoder", "cpu", torch.float32)) is None:
+        pytest.skip("triton runs vit_encoder here")
+    command = ["eval", str(run / "dense"), "--data", "digits", "--device", "cpu", "--pack"]
+    with use_backend("triton", "vit_encoder"):
+        assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"vitslim: error: vit_encoder: backend 'triton' was asked for but cannot run: {reason}\n"
+    )
+
+
 def test_info_names_a_backend_for_every_op(capsys) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts["ops"]) == {"ragged_attention", "masked_mlp", "gated_layer_norm"}
+    assert list(facts["ops"]) == list(OPS)
     assert main(["info"]) == 0
     assert "ragged_attention on cpu" in capsys.readouterr().out
 
@@ -167,6 +205,8 @@ def test_unknown_yaml_keys_are_refused_by_name(tmp_path: Path, capsys) -> None:
         ("eval RUN/dense --data folder:/nowhere", "no image folder /nowhere"),
         ("cost RUN/nothing", "neither a folder nor a model"),
         ("cost deit_tiny_patch16_224 --budget macs=60% --plan x.json", "exclude each other"),
+        ("eval RUN/dense --pack-weights bfloat16", "--pack-weights needs --pack"),
+        ("eval RUN/search --pack --device cpu", "slim it first"),
         ("export RUN/dense", "--output is needed"),
         ("report /nowhere", "/nowhere"),
         ("bench RUN/dense --batch-size one", "invalid int value"),

@@ -12,6 +12,7 @@ LIBRARY = sorted((ROOT / "vitslim").rglob("*.py"))
 LEVELS = {
     "cli": 9,
     "workflow": 7,
+    "packed": 6,
     "checkpoint": 6,
     "surgery": 5,
     "cost": 5,

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 import vitslim
 from vitslim.layers import MaskedAttention, MaskedBlock, SlimAttention, SlimBlock, TokenSelect
 from vitslim.masks import mask_parameters
-from vitslim.ops import OPS, use_backend, why_not
+from vitslim.ops import LAYER_OPS, use_backend, why_not
 from vitslim.plan import BlockPlan, Plan
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -316,7 +316,7 @@ def test_plans_of_other_models_are_refused():
 @pytest.mark.parametrize("backend", [None, "reference", "triton"])
 @pytest.mark.parametrize("stage", ["masked", "slim"])
 def test_compiles_without_a_graph_break(stage, backend, device):
-    reasons = [why_not(backend, op, device, torch.float32) for op in OPS] if backend else []
+    reasons = [why_not(backend, op, device, torch.float32) for op in LAYER_OPS] if backend else []
     if any(reasons):
         pytest.skip(next(filter(None, reasons)))
     model = randomised(make("DeiT", depth=2)).to(device)

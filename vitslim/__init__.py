@@ -7,6 +7,7 @@ from .cost import cost
 from .errors import VitslimError
 from .masks import Masks, sparsity_loss
 from .ops import use_backend, why_not
+from .packed import PackedVisionTransformer, pack
 from .plan import Plan
 from .surgery import mask, slim
 from .workflow.threshold import threshold
@@ -18,11 +19,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "Masks",
+    "PackedVisionTransformer",
     "Plan",
     "VitslimError",
     "cost",
     "load",
     "mask",
+    "pack",
     "save",
     "slim",
     "sparsity_loss",

@@ -123,16 +123,18 @@ def _retrain(given: dict[str, Any]) -> None:
 
 def _eval(given: dict[str, Any]) -> None:
     from .workflow.data import open_data
-    from .workflow.models import open_model
+    from .workflow.models import open_model, packed_for
     from .workflow.settings import settings_for
     from .workflow.train import evaluate
     from .workflow.world import open_world
 
     name, as_json = given.pop("model"), given.pop("json", False)
-    options = _part(given, ("pretrained", "model_kwargs"))
+    options, weights = _part(given, ("pretrained", "model_kwargs")), _packing(given)
     settings = settings_for("dense", {"batch_size": 64, **given})
     world = open_world(settings.device)
     model = open_model(name, **options).to(world.device)
+    if weights is not None:
+        model = packed_for(model, world.device, weights)
     accuracy = evaluate(model, open_data(settings, model, world), world, settings.amp)
     if world.primary:
         facts = {"model": name, "data": settings.data, "accuracy": accuracy}
@@ -179,10 +181,10 @@ def _export(given: dict[str, Any]) -> None:
 
 def _bench(given: dict[str, Any]) -> None:
     from .workflow.latency import format_table, measure
-    from .workflow.models import open_model
+    from .workflow.models import open_model, packed_for
     from .workflow.world import open_world
 
-    names = given["models"]
+    names, weights = given["models"], _packing(given)
     if len(names) == 1 and (Path(names[0]) / "search" / "config.json").exists():
         run = Path(names[0])
         names = [str(p) for p in (run / "dense", run / "search", *sorted(run.glob("slim/*")))]
@@ -196,6 +198,16 @@ def _bench(given: dict[str, Any]) -> None:
         if not found:
             raise VitslimError("--tune needs a masked or a slim model among those given.")
         print(format_tuned(found), file=sys.stderr)
+    if weights is not None:
+        plain, models = models, {}
+        for name, model in plain.items():
+            models[name] = model
+            try:
+                models[f"{name}, packed"] = packed_for(model, device, weights)
+            except VitslimError as error:
+                if device.type != "cpu":
+                    raise
+                print(f"{name} is measured unpacked alone: {error}", file=sys.stderr)
     latency = measure(models, sizes, seconds=seconds)
     print(json.dumps(latency) if "json" in given else format_table(latency))
 
@@ -238,6 +250,14 @@ def _need(given: dict[str, Any], name: str) -> Any:
 def _part(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Takes the named options out of those given."""
     return {name: given.pop(name) for name in names if name in given}
+
+
+def _packing(given: dict[str, Any]) -> str | None:
+    """Takes the options of packing; returns the weights' dtype, or None where nothing is packed."""
+    wanted, weights = given.pop("pack", False), given.pop("pack_weights", None)
+    if weights is not None and not wanted:
+        raise VitslimError("--pack-weights needs --pack.")
+    return (weights or "float32") if wanted else None
 
 
 def _of_stage(given: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -245,6 +245,15 @@ def add_fold(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pack(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--pack", action="store_true", help=what)
+    parser.add_argument(
+        "--pack-weights",
+        choices=("float32", "bfloat16"),
+        help="weights of packed models; bfloat16 halves their memory [float32]",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -14,6 +14,7 @@ from .cli_options import (
     add_model,
     add_model_kwargs,
     add_output,
+    add_pack,
     add_planning,
     add_setting,
     add_settings,
@@ -145,6 +146,7 @@ def _eval(verbs: Any) -> None:
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for name in ("data", "data_dir", "batch_size", "crop_pct", "workers", "device", "amp"):
         add_setting(parser, fields[name], "", fields[name].metadata["help"])
+    add_pack(parser, "pack the model for the CPU first, as vitslim.pack does")
     add_json(parser)
 
 
@@ -210,6 +212,7 @@ def _bench(verbs: Any) -> None:
         default=argparse.SUPPRESS,
         help="first try the Triton kernels' configurations on this GPU and keep the fastest",
     )
+    add_pack(parser, "measure each model packed for the CPU too, as vitslim.pack does")
     add_json(parser)
 
 

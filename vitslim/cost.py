@@ -71,6 +71,7 @@ class Geometry:
     @classmethod
     def of(cls, model: VisionTransformer) -> "Geometry":
         """Reads the geometry of a dense, masked or slim model; works on the meta device."""
+        model = getattr(model, "source", model)  # a packed model costs what it was made of
         prefix, patches = model.num_prefix_tokens, int(model.patch_embed.num_patches)
         shapes, unit_params, heads = [], [], []
         tokens = prefix + patches
@@ -133,7 +134,7 @@ def cost(model: VisionTransformer, plan: Plan | None = None) -> Cost:
     """Returns the parameters and MACs of a model, or of what a plan makes of it.
 
     Args:
-        model: Dense, masked or slim; for `plan` the dense or masked one. May be on "meta".
+        model: Dense, masked, slim or packed; for `plan` the dense or masked one. May be on "meta".
         plan: What every block keeps.
     """
     geometry = Geometry.of(model)

@@ -53,7 +53,7 @@ def mask(
     kinds, skip = tuple(kinds), tuple(skip)
     if unknown := set(kinds) - set(KINDS):
         raise VitslimError(f"no kind of mask is called {sorted(unknown)[0]!r}; use {KINDS}")
-    _check_model(model, kinds)
+    check_model(model, kinds)
     masked = copy.deepcopy(model)
     for index, block in enumerate(masked.blocks):
         masked.blocks[index] = _mask_block(
@@ -86,7 +86,7 @@ def slim(model: VisionTransformer, plan: Plan, fold: bool = True) -> VisionTrans
     """
     if getattr(model, "plan", None) is not None:
         raise VitslimError("this model is slim already; slim the masked or dense model instead")
-    _check_model(model, ())
+    check_model(model)
     if len(plan.blocks) != len(model.blocks):
         raise VitslimError(
             f"the plan has {len(plan.blocks)} blocks, the model {len(model.blocks)}; "
@@ -128,16 +128,23 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     return {"model": name, "args": {k: v for k, v in args.items() if _is_json(v)}}
 
 
-def _check_model(model: nn.Module, kinds: tuple[str, ...]) -> None:
+def check_model(model: nn.Module, kinds: tuple[str, ...] = (), done: str = "slimmed") -> None:
+    """Raises one sentence where a model cannot be worked on at all.
+
+    Args:
+        model: Anything.
+        kinds: Of masks that are wanted.
+        done: What would be done to the model, for the sentence.
+    """
     if not isinstance(model, VisionTransformer):
         raise VitslimError(
-            f"a {type(model).__name__} cannot be slimmed: only timm's VisionTransformer can, "
+            f"a {type(model).__name__} cannot be {done}: only timm's VisionTransformer can, "
             "that is its vit_* and deit_* models"
         )
     if type(model.patch_embed) is not PatchEmbed:
         raise VitslimError(
             f"this model makes its tokens with a {type(model.patch_embed).__name__}; only timm's "
-            "PatchEmbed is supported, so hybrids cannot be slimmed"
+            f"PatchEmbed is supported, so hybrids cannot be {done}"
         )
     if "token" in kinds and getattr(model, "dynamic_img_size", False):
         raise VitslimError(

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from vitslim.errors import VitslimError
 from vitslim.ops import ragged_attention, use_backend, why_not
-from vitslim.ops._dispatch import OPS, find
+from vitslim.ops._dispatch import OPS, PACKED_OPS, find
 
 
 def test_the_reference_runs_everything():
@@ -43,6 +44,23 @@ def test_forced_backend_raises_instead_of_giving_way():
     with use_backend("native", "ragged_attention"), pytest.raises(RuntimeError, match="cannot run"):
         ragged_attention(qkv, (4,), 0.5)
     assert ragged_attention(qkv, (4,), 0.5).shape == (1, 4, 4)
+
+
+def test_what_is_raised_is_for_users_and_a_runtime_error():
+    with use_backend("native", "masked_mlp"), pytest.raises(VitslimError) as raised:
+        find("masked_mlp", "cpu", torch.float64)
+    assert isinstance(raised.value, RuntimeError)
+
+
+@pytest.mark.parametrize("op", PACKED_OPS)
+def test_packed_ops_run_natively_on_the_cpu_in_float32_alone(op):
+    reason = why_not("native", op, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    assert why_not("native", op, "cpu", torch.bfloat16) == "native takes float32, not bfloat16"
+    assert why_not("native", op, "cuda", torch.float32) == "native runs on cpu, not on cuda"
+    assert find(op, "cpu", torch.float32).__name__ == "vitslim.native"
+    assert find(op, "cpu", torch.float64).__name__ == "vitslim.reference"
 
 
 def test_use_backend_restores_what_was_there_before():

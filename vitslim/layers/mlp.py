@@ -31,6 +31,13 @@ def why_not_mlp(module: nn.Module) -> str | None:
     return None
 
 
+def activation_name(module: nn.Module) -> str | None:
+    """Returns the ops' name of an activation, None for one they have not."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return _FUSED_ACTIVATIONS.get(type(module))
+
+
 class _TwoLayers(nn.Module):
     """What both MLPs share: timm's layers under timm's names, fused where the device gains."""
 
@@ -55,7 +62,7 @@ class _TwoLayers(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        act = self._act_name()
+        act = activation_name(self.act)
         dropped = self.training and self.drop1.p > 0
         if act is not None and not dropped and fused(type(self).__name__, x):
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -65,12 +72,6 @@ class _TwoLayers(nn.Module):
             weight = self.fc2.weight if mask is None else self.fc2.weight * mask
             out = F.linear(self.drop1(self.act(self.fc1(x))), weight, self.fc2.bias)
         return self.drop2(out)
-
-    def _act_name(self) -> str | None:
-        """Returns the op's name of the activation, None for one it has not."""
-        if type(self.act) is nn.GELU:
-            return "gelu" if self.act.approximate == "none" else "gelu_tanh"
-        return _FUSED_ACTIVATIONS.get(type(self.act))
 
 
 class MaskedMlp(_TwoLayers):

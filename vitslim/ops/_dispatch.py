@@ -10,16 +10,25 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from ..errors import VitslimError
+
 BACKENDS = {
     "triton": "vitslim.triton_kernels",
     "native": "vitslim.native",
     "reference": "vitslim.reference",
 }
 ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
-OPS = ("ragged_attention", "masked_mlp", "gated_layer_norm")
+# What layers are made of, and what a packed model is; natively the latter is CPU and float32 alone.
+LAYER_OPS = ("ragged_attention", "masked_mlp", "gated_layer_norm")
+PACKED_OPS = ("packed_linear", "vit_encoder")
+OPS = LAYER_OPS + PACKED_OPS
 
 LIBRARY = Library("vitslim", "DEF")
 _forced: dict[str, str] = {}
+
+
+class BackendError(VitslimError, RuntimeError):
+    """A backend was asked for that cannot run."""
 
 
 class use_backend:  # noqa: N801 (reads as a function, and as a context manager)
@@ -57,10 +66,13 @@ def why_not(backend: str, op: str, device: torch.device | str, dtype: torch.dtyp
         return module
     if not hasattr(module, f"{op}_forward"):
         return f"{backend} has no {op} yet"
-    if module.DEVICES is not None and kind not in module.DEVICES:
-        return f"{backend} runs on {' and '.join(module.DEVICES)}, not on {kind}"
-    if dtype not in module.DTYPES:
-        names = ", ".join(str(each).removeprefix("torch.") for each in module.DTYPES)
+    devices, dtypes = module.DEVICES, module.DTYPES
+    if backend == "native" and op in PACKED_OPS:
+        devices, dtypes = ("cpu",), (torch.float32,)
+    if devices is not None and kind not in devices:
+        return f"{backend} runs on {' and '.join(devices)}, not on {kind}"
+    if dtype not in dtypes:
+        names = ", ".join(str(each).removeprefix("torch.") for each in dtypes)
         return f"{backend} takes {names}, not {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -70,7 +82,7 @@ def find(op: str, device: torch.device | str, dtype: torch.dtype) -> ModuleType:
     name = backend_of(op, torch.device(device).type, dtype)
     reason = why_not(name, op, device, dtype) if is_forced(op) else None
     if reason is not None:
-        raise RuntimeError(f"{op}: backend {name!r} was asked for but cannot run: {reason}")
+        raise BackendError(f"{op}: backend {name!r} was asked for but cannot run: {reason}")
     return importlib.import_module(BACKENDS[name])
 
 

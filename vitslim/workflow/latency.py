@@ -43,10 +43,15 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
 
 def example_input(model: nn.Module, batch_size: int) -> Tensor:
     """Makes the same random images on every call, in the dtype and on the device of the model."""
-    parameter = next(model.parameters())
+    parameter = _first_tensor(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, *input_shape(model), generator=generator)
     return images.to(parameter.device, parameter.dtype)
+
+
+def _first_tensor(model: nn.Module) -> Tensor:
+    """Returns a tensor that says where a model is; a packed one may have buffers alone."""
+    return next(itertools.chain(model.parameters(), model.buffers()))
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def measure(
     Returns:
         Median milliseconds per call, `{name: {str(batch_size): ms}}`.
     """
-    homes = {name: next(model.parameters()).device for name, model in models.items()}
+    homes = {name: _first_tensor(model).device for name, model in models.items()}
     try:
         if device is not None:
             for model in models.values():

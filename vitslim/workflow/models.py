@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..checkpoint import load
 from ..errors import VitslimError
+from ..packed import PackedVisionTransformer, pack
 from ..plan import Plan
 from ..surgery import describe
 from .data import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
@@ -93,6 +94,21 @@ def meta_model(name: str, model_kwargs: Mapping[str, Any] | None = None) -> Visi
     except VitslimError:
         # An older timm reads numbers off tensors while it builds, which "meta" has not.
         return open_model(name, False, kwargs)
+
+
+def packed_for(
+    model: VisionTransformer, device: torch.device, weights: str
+) -> PackedVisionTransformer:
+    """Packs a model of the command line.
+
+    Args:
+        model: Dense or slim.
+        device: Where it is to run; packed models run on the CPU alone.
+        weights: "float32" or "bfloat16".
+    """
+    if device.type != "cpu":
+        raise VitslimError(f"--pack is for the CPU, and the device is {device}: add --device cpu.")
+    return pack(model.float(), weights=getattr(torch, weights))
 
 
 def open_plan(path: str | Path) -> Plan:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import VitslimError
-from ..ops import OPS, use_backend, why_not
+from ..ops import LAYER_OPS, use_backend, why_not
 from ..ops._dispatch import find
 from .latency import evaluating, example_input
 
@@ -55,12 +55,12 @@ def tune(model: nn.Module, batch_size: int, timer: Timer | None = None) -> list[
     """
     parameter = next(model.parameters())
     device = parameter.device
-    reasons = [why_not("triton", op, device, parameter.dtype) for op in OPS]
+    reasons = [why_not("triton", op, device, parameter.dtype) for op in LAYER_OPS]
     if any(reasons):
         raise VitslimError(f"--tune has nothing to tune here: {next(filter(None, reasons))}")
     done: dict[tuple[str, str], Tuned] = {}
     with use_backend("triton"):
-        backend = find(OPS[0], device, parameter.dtype)
+        backend = find(LAYER_OPS[0], device, parameter.dtype)
         for call in _calls(model, batch_size):
             with backend.configs.watched() as seen:
                 expected = call()
