@@ -108,6 +108,9 @@ def native_extension():
     if sanitize:
         cxx = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
         defines.append(f'-DVITSLIM_SANITIZE="{sanitize}"')
+    # No contraction: whether a product and a sum become one operation is the kernel's decision, or
+    # one template's results would differ from another's by a bit.
+    cxx += ["-ffp-contract=off"]
     # -Wno-psabi: vectors are passed between inlined functions only, so their ABI does not matter.
     cxx += ["-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *defines]
     sources = ["csrc/module.cpp", *found("csrc/cpu/*.cpp")]
@@ -125,7 +128,7 @@ def native_extension():
     )
     # The stable interface does without torch's Python library, which changes with every release.
     extension.libraries = [name for name in extension.libraries if name != "torch_python"]
-    line = "native CPU kernels (AVX-512, AVX2, portable)"
+    line = "native CPU kernels (AVX-512 with bfloat16 and AMX, AVX2, portable)"
     line += f", sanitizers {sanitize}" if sanitize else ""
     line += f"; CUDA kernels by {home}" if home else f"; no CUDA: {no_cuda}"
     return extension, cpp_extension.BuildExtension, line

@@ -21,6 +21,12 @@ constexpr int64_t GROUP = 4;  // panels of the widest tile
 }  // namespace
 
 const PackedLinearKernels& packed_linear_kernels() {
+#if defined(VITSLIM_HAS_AMX_BF16)
+  if (current_isa() == Isa::AMX_BF16) return packed_linear_amx_bf16;
+#endif
+#if defined(VITSLIM_HAS_AVX512_BF16)
+  if (current_isa() == Isa::AVX512_BF16) return packed_linear_avx512_bf16;
+#endif
 #if defined(__x86_64__)
   if (current_isa() == Isa::AVX512) return packed_linear_avx512;
   if (current_isa() == Isa::AVX2) return packed_linear_avx2;
@@ -31,6 +37,13 @@ const PackedLinearKernels& packed_linear_kernels() {
 int64_t panel_elements(int64_t in, int64_t out, DType dtype) {
   const int64_t depth = dtype == DType::FLOAT32 ? in : (in + 1) / 2 * 2;
   return (out + PANEL - 1) / PANEL * PANEL * depth;
+}
+
+Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t depth) {
+  const int64_t bytes = weight.dtype == DType::FLOAT32 ? 4 : 2;
+  const int64_t step = panel_elements(weight.in, PANEL, weight.dtype);
+  return {static_cast<const char*>(weight.panels) + (panel * step + depth * PANEL) * bytes,
+          step * bytes, panels};
 }
 
 void packed_linear_cpu(const PackedLinear& call, const Threads& threads) {
@@ -55,11 +68,15 @@ void packed_linear_cpu(const PackedLinear& call, const Threads& threads) {
     const PackedLinear& call = c.call;
     const PackedWeight& weight = call.weight;
     const int64_t panels = (weight.out + PANEL - 1) / PANEL;
-    const int64_t scratch =
-        c.kernels.scratch(ROWS, weight.in, weight.dtype, weight.bfloat16_products);
-    Carver carver(thread_scratch(scratch + (call.norm ? ROWS * weight.in : 0) + 16));
-    float* memory = carver.take(scratch);
-    float* left = carver.take(0);
+    float *memory = nullptr, *left = nullptr;
+    const auto carve = [&](float* from) {
+      Carver carver(from);
+      memory =
+          carver.take(c.kernels.scratch(ROWS, weight.in, weight.dtype, weight.bfloat16_products));
+      left = carver.take(call.norm ? ROWS * weight.in : 0);
+      return carver.used();
+    };
+    carve(thread_scratch(carve(nullptr)));
     for (int64_t i; (i = c.next++) < c.rows.pieces * c.columns.pieces;) {
       const int64_t row = c.rows.begin(i / c.columns.pieces);
       const int64_t count = c.rows.begin(i / c.columns.pieces + 1) - row;

@@ -7,6 +7,16 @@
 
 namespace vitslim {
 
+// Panels that are read next, to be fetched into the cache meanwhile.
+struct Upcoming {
+  const char* first;  // null where nothing is known
+  int64_t step;       // bytes from one panel to the next
+  int64_t panels;
+};
+
+// The panels of a weight from the number `panel` on, each from the element `depth` of the sum on.
+Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t depth);
+
 // Some rows times some panels of a packed weight, by one thread.
 struct Product {
   const float* x;  // [rows, depth], rows x_stride apart
@@ -14,7 +24,8 @@ struct Product {
   PackedWeight weight;
   // The columns panel_begin * 16 .. panel_end * 16 of y, as far as weight.out goes.
   int64_t panel_begin, panel_end;
-  // The part of the sum that x holds. bfloat16 panels: begins at an even number.
+  // The part of the sum that x holds. bfloat16 panels: begins at an even number and ends at one, or
+  // with the sum, so that it is whole pairs.
   int64_t depth_begin, depth_end;
   const float* bias;  // [out], or null
   Activation activation;
@@ -23,6 +34,7 @@ struct Product {
   const float* scale;  // [out], or null
   float* y;            // [rows, out], rows y_stride apart
   int64_t y_stride;
+  Upcoming after;  // what this thread multiplies after this
 };
 
 struct PackedLinearKernels {
@@ -36,10 +48,11 @@ struct PackedLinearKernels {
   int64_t (*multiply_adds)(int64_t steps);
 };
 
-#if defined(__x86_64__)
+// Those that compilers without the target leave out are named all the same.
+extern const PackedLinearKernels packed_linear_amx_bf16;
+extern const PackedLinearKernels packed_linear_avx512_bf16;
 extern const PackedLinearKernels packed_linear_avx512;
 extern const PackedLinearKernels packed_linear_avx2;
-#endif
 extern const PackedLinearKernels packed_linear_portable;
 
 // Those of the instruction set in use.

@@ -14,7 +14,7 @@ namespace vitslim {
 
 const RaggedAttentionKernels& ragged_attention_kernels() {
 #if defined(__x86_64__)
-  if (current_isa() == Isa::AVX512) return ragged_attention_avx512;
+  if (current_isa() >= Isa::AVX512) return ragged_attention_avx512;
   if (current_isa() == Isa::AVX2) return ragged_attention_avx2;
 #endif
   return ragged_attention_portable;

@@ -19,6 +19,9 @@ float* thread_scratch(int64_t floats) {
     memory.floats = memory.data ? floats : 0;
     if (!memory.data) throw std::bad_alloc();
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory.data, size_t(memory.floats) * sizeof(float));
+#endif
   return memory.data;
 }
 

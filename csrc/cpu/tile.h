@@ -50,13 +50,21 @@ INLINE void store_tile(float* p, int64_t stride, const Vec (&sums)[R][V]) {
     for (int v = 0; v < V; ++v) store(p + r * stride + v * LANES, sums[r][v]);
 }
 
-// sums[r][v] += sum over k of left(r, k) * right(k, v), where left(r, k) stands at
-// left[r * row_step + k * depth_step] and the vector right(k, v) at
-// right[k * right_stride + v * vec_step].
-template <int R, int V>
+// A step of a sum of float32 products.
+struct MultiplyAdd {
+  static INLINE Vec run(Vec left, Vec right, Vec sum) { return fma(left, right, sum); }
+};
+
+// sums[r][v] += sum over k of left(r, k) * right(k, v), as Step multiplies and adds, where left(r,
+// k) stands at left[r * row_step + k * depth_step] and the vector right(k, v) at right[k *
+// right_stride + v * vec_step]. FETCH: each step also asks for a cache line from `fetch` on, which
+// is needed soon; left alone, the hardware begins to fetch it at the first miss.
+template <typename Step = MultiplyAdd, bool FETCH = false, int R, int V>
 INLINE void multiply(const float* left, int64_t row_step, int64_t depth_step, const float* right,
-                     int64_t right_stride, int64_t vec_step, int64_t depth, Vec (&sums)[R][V]) {
+                     int64_t right_stride, int64_t vec_step, int64_t depth, Vec (&sums)[R][V],
+                     const char* fetch = nullptr) {
   for (int64_t k = 0; k < depth; ++k) {
+    if constexpr (FETCH) __builtin_prefetch(fetch + k * 64, 0, 3);
     Vec vecs[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) vecs[v] = load(right + v * vec_step);
@@ -64,7 +72,7 @@ INLINE void multiply(const float* left, int64_t row_step, int64_t depth_step, co
     for (int r = 0; r < R; ++r) {
       const Vec number = broadcast(left[r * row_step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(number, vecs[v], sums[r][v]);
+      for (int v = 0; v < V; ++v) sums[r][v] = Step::run(number, vecs[v], sums[r][v]);
     }
     left += depth_step;
     right += right_stride;

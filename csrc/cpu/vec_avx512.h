@@ -65,9 +65,16 @@ INLINE __m512i bfloat16_bits(Vec x) {
   return _mm512_and_si512(rounded, _mm512_set1_epi32(int(0xffff0000)));
 }
 INLINE Vec round_to_bfloat16(Vec x) { return _mm512_castsi512_ps(bfloat16_bits(x)); }
+#if defined(VITSLIM_TARGET_AVX512_BF16) || defined(VITSLIM_TARGET_AMX_BF16)
+// Makes subnormal numbers zero, for which products of bfloat16 pairs take them anyway.
+INLINE __m256i to_bfloat16(Vec x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#else
+INLINE __m256i to_bfloat16(Vec x) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_bits(x), 16));
+}
+#endif
 INLINE void store_first(BFloat16* p, Vec x, int64_t count) {
-  const __m256i kept = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_bits(x), 16));
-  _mm256_mask_storeu_epi16(p, first_lanes(count), kept);
+  _mm256_mask_storeu_epi16(p, first_lanes(count), to_bfloat16(x));
 }
 
 // Sixteen pairs: the low halves of 32-bit lanes, and the high ones.

@@ -26,7 +26,14 @@ INLINE Vec add(Vec a, Vec b) { return a + b; }
 INLINE Vec sub(Vec a, Vec b) { return a - b; }
 INLINE Vec mul(Vec a, Vec b) { return a * b; }
 INLINE Vec div(Vec a, Vec b) { return a / b; }
+#if defined(__FP_FAST_FMAF)
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#else
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 INLINE float sum_lanes(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }

@@ -61,7 +61,9 @@ void vit_encoder_cpu(const VitEncoder& call, const Threads& threads) {
     Carver carver(memory);
     for (int64_t i = 0; i < crew.threads; ++i) {
       encoder.carve(&kept.workers[i].own, carver);
-      if (crew.alone || i % crew.members == 0) encoder.carve(&kept.workers[i].shared, carver);
+      const int64_t members = crew.teams && i % crew.members == 0 ? crew.members : 1;
+      if (crew.alone || i % crew.members == 0)
+        encoder.carve(&kept.workers[i].shared, members, carver);
     }
     return carver.used();
   };

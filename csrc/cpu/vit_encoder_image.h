@@ -59,14 +59,16 @@ class Encoder {
         qkv_stride_(line_stride(3 * layout.widest_attention)),
         hidden_stride_(line_stride(std::min(layout.most_hidden, HIDDEN_BLOCK))),
         patch_stride_(line_stride(layout.patches.in)),
-        block_floats_(std::max(BLOCK_FLOATS,
-                               LEAST_ROWS * std::max(x_stride_ + hidden_stride_, patch_stride_))) {}
+        selects_(std::any_of(layout.blocks.begin(), layout.blocks.end(),
+                             [](const EncoderBlock& block) { return block.rows != nullptr; })),
+        block_floats_(block_floats()) {}
 
-  void carve(Shared* shared, Carver& carver) const {
-    for (int i = 0; i < 2; ++i) {
-      shared->x[i] = carver.take(call_.tokens * x_stride_);
-      shared->qkv[i] = carver.take(call_.tokens * qkv_stride_);
-    }
+  void carve(Shared* shared, int64_t members, Carver& carver) const {
+    shared->x[0] = carver.take(call_.tokens * x_stride_);
+    shared->x[1] = selects_ ? carver.take(call_.tokens * x_stride_) : shared->x[0];
+    shared->qkv[0] = carver.take(call_.tokens * qkv_stride_);
+    // Alone, a member is done with the keys of a block before it writes those of the next.
+    shared->qkv[1] = members > 1 ? carver.take(call_.tokens * qkv_stride_) : shared->qkv[0];
     shared->out = carver.take(call_.tokens * layout_.widest_attention);
   }
 
@@ -112,13 +114,18 @@ class Encoder {
       project(block, mine(block.tokens), wanted, x, qkv, own);
       meet();
       attend(block, mine(wanted), qkv, x, shared.out, own);
-      transform(block, mine(wanted), x, own);
+      transform(block, i + 1 < depth ? &block + 1 : nullptr, mine(wanted), x, own);
     }
     // The owner of a row below `rows` is the same as in the last block.
     finish(image, mine(depth ? call_.rows : call_.tokens), shared.x[place]);
   }
 
  private:
+  int64_t block_floats() const {
+    const int64_t row = std::max(x_stride_ + hidden_stride_, patch_stride_);
+    return std::min(std::max(BLOCK_FLOATS, LEAST_ROWS * row), call_.tokens * row);
+  }
+
   // How many rows a member takes at a time when each needs so many floats of its block.
   int64_t rows_of(int64_t floats) const { return std::max<int64_t>(1, block_floats_ / floats); }
 
@@ -149,6 +156,12 @@ class Encoder {
     return p;
   }
 
+  // The panels that a product takes first.
+  static Upcoming beginning(const PackedWeight& weight, int64_t panel = 0, int64_t depth = 0) {
+    const int64_t panels = (weight.out + PANEL - 1) / PANEL - panel;
+    return upcoming(weight, panel, std::min<int64_t>(panels, 4), depth);
+  }
+
   // y += scale * (x W^T + bias)
   static Product adding(Product p, const float* scale) {
     p.residual = p.y;
@@ -171,6 +184,11 @@ class Encoder {
                           x + begin * x_stride_, x_stride_);
       p.residual = call_.start + begin * width_;
       p.residual_stride = width_;
+      if (i + 1 < chunks.pieces) {
+        p.after = beginning(layout_.patches);
+      } else if (!layout_.blocks.empty()) {
+        p.after = beginning(layout_.blocks[0].qkv);
+      }
       linear_.multiply(p, own.product);
     }
     float* mine = x + rows.begin * x_stride_;
@@ -208,14 +226,17 @@ class Encoder {
       linear_.normalise(x + begin * x_stride_, x_stride_, end - begin, width_, block.norm1,
                         block.gate ? block.gate + begin : nullptr, own.block, x_stride_);
       const int64_t with_queries = std::clamp(wanted - begin, int64_t(0), end - begin);
-      Product p = product(own.block, with_queries, x_stride_, block.qkv, block.qkv_bias,
+      Product p = product(own.block, end - begin, x_stride_, block.qkv, block.qkv_bias,
                           qkv + begin * qkv_stride_, qkv_stride_);
-      if (p.rows > 0) linear_.multiply(p, own.product);
-      p.x += with_queries * x_stride_;
-      p.y += with_queries * qkv_stride_;
-      p.rows = end - begin - with_queries;
-      p.panel_begin = block.attn_dim / PANEL;
-      if (p.rows > 0) linear_.multiply(p, own.product);
+      p.after = beginning(i + 1 < chunks.pieces ? block.qkv : block.proj);
+      if (with_queries < p.rows) {
+        Product queries = p;
+        queries.rows = with_queries;
+        queries.panel_end = (block.attn_dim + PANEL - 1) / PANEL;
+        linear_.multiply(queries, own.product);
+        p.panel_begin = block.attn_dim / PANEL;
+      }
+      linear_.multiply(p, own.product);
     }
   }
 
@@ -227,15 +248,16 @@ class Encoder {
     for (int64_t head = 0; head < block.heads; ++head)
       if (block.head_offsets[head + 1] > block.head_offsets[head])
         attention_.forward(call, 0, head, rows.begin, rows.end, own.attention);
-    linear_.multiply(
-        adding(product(out + rows.begin * block.attn_dim, rows.count(), block.attn_dim, block.proj,
-                       block.proj_bias, x + rows.begin * x_stride_, x_stride_),
-               block.ls1),
-        own.product);
+    Product p = adding(product(out + rows.begin * block.attn_dim, rows.count(), block.attn_dim,
+                               block.proj, block.proj_bias, x + rows.begin * x_stride_, x_stride_),
+                       block.ls1);
+    p.after = beginning(block.fc1);
+    linear_.multiply(p, own.product);
   }
 
-  // x += ls2 * fc2(f(fc1(norm2(x))))
-  void transform(const EncoderBlock& block, Range rows, float* x, const Own& own) const {
+  // x += ls2 * fc2(f(fc1(norm2(x)))); then comes the block `next`, if any.
+  void transform(const EncoderBlock& block, const EncoderBlock* next, Range rows, float* x,
+                 const Own& own) const {
     const Split chunks(rows.count(), rows_of(x_stride_ + hidden_stride_));
     for (int64_t i = 0; i < chunks.pieces; ++i) {
       const int64_t begin = rows.begin + chunks.begin(i);
@@ -257,12 +279,20 @@ class Encoder {
         // A product writes its columns where y has them; here y begins with the first of them.
         const int64_t unit = up.panel_begin * PANEL;
         up.y -= unit;
+        up.after = beginning(block.fc2, 0, unit);
         linear_.multiply(up, own.product);
         Product down = adding(product(hidden, count, hidden_stride_, block.fc2,
                                       j == 0 ? block.fc2_bias : nullptr, to, x_stride_),
                               block.ls2);
         down.depth_begin = unit;
         down.depth_end = std::min(block.hidden, up.panel_end * PANEL);
+        if (j + 1 < blocks) {
+          down.after = beginning(block.fc1, up.panel_end);
+        } else if (i + 1 < chunks.pieces) {
+          down.after = beginning(block.fc1);
+        } else if (next) {
+          down.after = beginning(next->qkv);
+        }
         linear_.multiply(down, own.product);
       }
     }
@@ -284,7 +314,9 @@ class Encoder {
   const EncoderLayout& layout_;
   const PackedLinearKernels& linear_;
   const RaggedAttentionKernels& attention_;
-  const int64_t width_, x_stride_, qkv_stride_, hidden_stride_, patch_stride_, block_floats_;
+  const int64_t width_, x_stride_, qkv_stride_, hidden_stride_, patch_stride_;
+  const bool selects_;
+  const int64_t block_floats_;
 };
 
 }  // namespace

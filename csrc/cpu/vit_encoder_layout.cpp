@@ -1,8 +1,8 @@
 #include "vit_encoder_layout.h"
 
 #include <algorithm>
+#include <sstream>
 #include <stdexcept>
-#include <string>
 
 namespace vitslim {
 namespace {
@@ -11,8 +11,14 @@ namespace {
 // 64 bits.
 constexpr int64_t LARGEST = int64_t(1) << 28;
 
-void require(bool condition, const std::string& sentence) {
-  if (!condition) throw std::runtime_error("vit_encoder: " + sentence);
+// Throws the parts as one sentence where a condition fails; nothing is put together where it holds.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream sentence;
+  sentence << "vit_encoder: ";
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
 }
 
 // Takes the numbers of `layout` one after the other.
@@ -29,9 +35,8 @@ class Numbers {
   }
   int64_t take(const char* what, int64_t least, int64_t most) {
     const int64_t number = *take(1);
-    require(number >= least && number <= most, "layout gives " + std::string(what) + " as " +
-                                                   std::to_string(number) +
-                                                   "; pack the model again.");
+    require(number >= least && number <= most, "layout gives ", what, " as ", number,
+            "; pack the model again.");
     return number;
   }
   int64_t left() const { return left_; }
@@ -96,29 +101,26 @@ void EncoderLayout::read(const VitEncoder& call) {
   Panels weights(call);
   numbers.take("its version", 1, 1);
   const int64_t in_chans = numbers.take("in_chans", 1, LARGEST);
-  require(in_chans == call.in_chans, "images have " + std::to_string(call.in_chans) +
-                                         " channels, the model takes " + std::to_string(in_chans) +
-                                         ".");
+  require(in_chans == call.in_chans, "images have ", call.in_chans, " channels, the model takes ",
+          in_chans, ".");
   patch_height = numbers.take("patch_height", 1, LARGEST);
   patch_width = numbers.take("patch_width", 1, LARGEST);
   const int64_t embed_dim = numbers.take("embed_dim", 1, LARGEST);
-  require(embed_dim == call.embed_dim, "start has " + std::to_string(call.embed_dim) +
-                                           " columns, the model " + std::to_string(embed_dim) +
-                                           ".");
+  require(embed_dim == call.embed_dim, "start has ", call.embed_dim, " columns, the model ",
+          embed_dim, ".");
   prefix = numbers.take("prefix", 0, LARGEST);
   has_pre_norm = numbers.take("pre_norm", 0, 1);
   has_final_norm = numbers.take("final_norm", 0, 1);
+  require(!call.bfloat16_products || call.dtype == DType::BFLOAT16,
+          "bfloat16 products need bfloat16 panels.");
   const int64_t depth = numbers.take("the number of blocks", 0, numbers.left());
 
-  require(call.height % patch_height == 0 && call.width % patch_width == 0,
-          "images of " + std::to_string(call.height) + "x" + std::to_string(call.width) +
-              " pixels cannot be cut into patches of " + std::to_string(patch_height) + "x" +
-              std::to_string(patch_width) + ".");
+  require(call.height % patch_height == 0 && call.width % patch_width == 0, "images of ",
+          call.height, "x", call.width, " pixels cannot be cut into patches of ", patch_height, "x",
+          patch_width, ".");
   const int64_t patches_here = (call.height / patch_height) * (call.width / patch_width);
-  require(prefix + patches_here == call.tokens, "images give " + std::to_string(patches_here) +
-                                                    " patches after " + std::to_string(prefix) +
-                                                    " prefix tokens, but start has " +
-                                                    std::to_string(call.tokens) + " rows.");
+  require(prefix + patches_here == call.tokens, "images give ", patches_here, " patches after ",
+          prefix, " prefix tokens, but start has ", call.tokens, " rows.");
   require(patch_height * patch_width <= LARGEST && in_chans * patch_height * patch_width <= LARGEST,
           "a patch is too large.");
 
@@ -144,9 +146,8 @@ void EncoderLayout::read(const VitEncoder& call) {
     int64_t offset = 0;
     head_offsets.push_back(0);
     for (int64_t h = 0; h < block.heads; ++h) {
-      require(
-          widths[h] >= 0 && widths[h] <= LARGEST,
-          "layout gives a head the width " + std::to_string(widths[h]) + "; pack the model again.");
+      require(widths[h] >= 0 && widths[h] <= LARGEST, "layout gives a head the width ", widths[h],
+              "; pack the model again.");
       offset += widths[h];
       require(offset <= LARGEST, "the heads of a block are too wide.");
       head_offsets.push_back(offset);
@@ -155,9 +156,8 @@ void EncoderLayout::read(const VitEncoder& call) {
     if (selects) {
       block.rows = numbers.take(kept);
       for (int64_t r = 0; r < kept; ++r)
-        require(block.rows[r] >= 0 && block.rows[r] < tokens,
-                "layout keeps row " + std::to_string(block.rows[r]) + " of " +
-                    std::to_string(tokens) + "; pack the model again.");
+        require(block.rows[r] >= 0 && block.rows[r] < tokens, "layout keeps row ", block.rows[r],
+                " of ", tokens, "; pack the model again.");
       tokens = kept;
     }
     block.tokens = tokens;
@@ -193,9 +193,8 @@ void EncoderLayout::read(const VitEncoder& call) {
   }
   require(numbers.left() == 0 && floats.left() == 0 && weights.left() == 0,
           "layout, vectors and panels do not belong together; pack the model again.");
-  require(call.rows >= 0 && call.rows <= tokens, "rows is " + std::to_string(call.rows) + ", but " +
-                                                     std::to_string(tokens) +
-                                                     " tokens are left at the end.");
+  require(call.rows >= 0 && call.rows <= tokens, "rows is ", call.rows, ", but ", tokens,
+          " tokens are left at the end.");
 }
 
 }  // namespace vitslim

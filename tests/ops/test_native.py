@@ -19,7 +19,7 @@ def native():
         yield
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512-bf16", "avx512", "avx2", "portable"])
 def instruction_set(request):
     from vitslim import _C
 

@@ -1,0 +1,24 @@
+// Products with packed weights, their bfloat16 products compiled for AVX512-BF16.
+
+#include "isa.h"
+
+#if defined(VITSLIM_HAS_AVX512_BF16)
+#define VITSLIM_TARGET_AVX512
+#define VITSLIM_TARGET_AVX512_BF16
+#include "packed_linear_kernels.h"
+#include "targets.h"
+// Behind targets.h, which decides what they become.
+#include "packed_linear_dot.h"
+// Behind the products.
+#include "packed_linear_beside_avx512.h"
+
+namespace vitslim {
+
+const PackedLinearKernels packed_linear_avx512_bf16 = BESIDE_AVX512;
+
+}  // namespace vitslim
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // VITSLIM_HAS_AVX512_BF16
