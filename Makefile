@@ -8,7 +8,7 @@ OUTPUT ?= runs/digits
 INSTALL = $(PY) -m pip install -v --no-build-isolation --no-deps
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: run test test-oldest-timm bench lint format aot gpu asan clean
+.PHONY: run test test-oldest-timm bench bench-cpu lint format aot gpu asan fuzz tsan soak clean
 .PHONY: gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
 
 run: $(VENV)/.built
@@ -19,18 +19,25 @@ test: $(VENV)/.built
 	$(PY) -m pytest
 
 bench: $(VENV)/.built
-	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s -k "not cuda"
+	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s -k "not cuda and not vit_encoder"
+
+# The packed encoder against timm, torch.compile, ONNX Runtime and OpenVINO, then its tables and
+# plots. 20 minutes on two cores that do nothing else.
+bench-cpu: $(VENV)/.runtimes
+	$(PY) -m pytest $(wildcard benchmarks/bench_vit_encoder*.py) -c benchmarks/pytest.ini -s
+	$(PY) benchmarks/plots.py
+	$(PY) benchmarks/tables.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 # What the Triton kernels compile to on every GPU they are for: registers, spills, shared memory,
 # tensor-core instructions. No GPU is needed; long on two cores, half an hour by estimate.
@@ -55,6 +62,7 @@ gpu-install:
 gpu-test:
 	$(GPU_PY) -m pytest $(GPU_TEST) tests/ops -k cuda
 	$(GPU_PY) -m pytest $(GPU_TEST) tests/layers tests/test_surgery.py
+	$(GPU_PY) -m pytest tests/ops/test_native.py tests/test_bfloat16_products.py -rs
 	$(GPU_BENCH) --smoke $(wildcard benchmarks/bench_*_cuda.py)
 
 gpu-bench: gpu-bench-ops gpu-bench-step gpu-bench-model
@@ -86,6 +94,23 @@ asan: $(VENV)/.installed
 	  $(abspath $(PY)) -m pytest tests/ops/test_ragged_attention.py tests/ops/test_native.py \
 	  -k "native or instruction" -p no:cacheprovider
 
+# The CPU kernels alone, in a program without Python (tests/native): random cases with arrays that
+# have no slack, several callers at once, and many calls. SEED=1 gives other cases.
+SEED ?= 0
+STRESS := build/stress
+fuzz:
+	$(MAKE) -C tests/native address
+	$(STRESS)/address/stress fuzz 10000 $(SEED)
+	$(STRESS)/address/stress broken 20000 $(SEED)
+
+tsan:
+	$(MAKE) -C tests/native thread
+	TSAN_OPTIONS=halt_on_error=1 $(STRESS)/thread/stress threads 120 $(SEED)
+
+soak:
+	$(MAKE) -C tests/native plain
+	$(STRESS)/plain/stress soak 5000000 $(SEED)
+
 # The oldest timm that is supported; the tests of everything that touches timm.
 OLDEST_TIMM := 1.0.16
 test-oldest-timm: $(VENV)/.built
@@ -94,11 +119,16 @@ test-oldest-timm: $(VENV)/.built
 	  tests/layers tests/test_surgery.py tests/test_checkpoint.py tests/test_cost.py
 
 clean:
-	rm -rf build dist *.egg-info vitslim/_C*.so $(VENV)/.built
+	rm -rf build dist *.egg-info vitslim/_C*.so $(VENV)/.built $(VENV)/.runtimes
 
 $(VENV)/.installed: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Of the runtimes that are compared, and of nothing else.
+$(VENV)/.runtimes: $(VENV)/.built benchmarks/requirements.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
