@@ -7,6 +7,7 @@ that cannot run is recorded as absent with the reason. Losses are recorded like 
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ class Aim:
 
     Attributes:
         text: The aim in words.
-        over: The contenders to beat; the best of them counts.
+        over: The contenders to beat; the best of them counts. None: the figure itself is judged.
         at_least: Their time over ours.
         ours: The contenders that may reach it; the fastest counts. Empty: the entry's first one.
-        of: "us", or "peak_mib" to compare the memory of the same two.
+        of: "us", or another figure of the same two that the entry has, as "peak_mib".
     """
 
     text: str
@@ -87,11 +88,13 @@ class Compare:
         *,
         rounds: int = 15,
         slice_s: float = 0.01,
+        settle_s: float = 0.0,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         passes: Sequence[Pass] = (),
         images: int | None = None,
         aims: Sequence[Aim] = (),
+        facts: Callable[[Mapping[str, float]], Mapping[str, Any]] = lambda medians: {},
     ) -> dict[str, float]:
         """Compares contenders and records the entry.
 
@@ -103,11 +106,14 @@ class Compare:
             info: What belongs beside the times: bytes, MACs, shapes.
             rounds: How often each contender gets its turn.
             slice_s: A turn repeats a short call for about this many seconds.
+            settle_s: A pause before each turn, for threads of the one before that still look out
+                for work.
             device: "cuda" times by the GPU's own clock.
             dtype: In which the products of `passes` are.
             passes: What must be done at least, for the fraction of the floor that ours reaches.
             images: How many one call works through; images per second are recorded then.
             aims: Judged by the medians, and recorded whether met or not.
+            facts: Returns, from the medians, more to record; aims may be of it.
 
         Returns:
             The median seconds of each contender that runs.
@@ -116,8 +122,8 @@ class Compare:
         assert running, f"{name}: no contender runs: {absent}"
         ours = next(iter(contenders))
         to = next(iter(running))
-        rounds, slice_s = (1, 0.0) if shapes.SMOKE else (rounds, slice_s)
-        times = self._take_turns(running, to, rounds, slice_s, device)
+        rounds, slice_s, settle_s = (1, 0, 0) if shapes.SMOKE else (rounds, slice_s, settle_s)
+        times = self._take_turns(running, to, rounds, slice_s, settle_s, device)
         medians = {key: statistics.median(values) for key, values in times.items()}
         best = {key: min(values) for key, values in times.items()}
         others = [key for key in running if key != to]
@@ -142,9 +148,10 @@ class Compare:
             least = floor_s(passes, device, dtype)
             reached = {key: round(least / value, 3) for key, value in medians.items()}
             self.note(floor_us=round(1e6 * least, 2), fraction_of_floor=reached)
+        self.note(**facts(medians))
         self.note(aims=[_judged(aim, self._entry) for aim in aims])
         self.entries[name] = self._entry
-        self.benchmark.extra_info.update(self._entry)
+        self.benchmark.extra_info.update(self._entry, name=name)
         if errors:
             raise next(iter(errors.values()))
         return medians
@@ -159,6 +166,7 @@ class Compare:
         shown: str,
         rounds: int,
         slice_s: float,
+        settle_s: float,
         device: str,
     ) -> dict[str, list[float]]:
         repeats = {}
@@ -169,6 +177,7 @@ class Compare:
 
         def everybody_takes_a_turn() -> None:
             for key, each in running.items():
+                time.sleep(settle_s)
                 with each.around():
                     taken = seconds(each.call, repeats[key], device)
                     times[key].append(taken / each.times)
@@ -211,7 +220,7 @@ def aim_lines_of(name: str, entry: Mapping[str, Any]) -> list[str]:
             lines.append(f"not judged: {name}: {aim['aim']}: {aim['why']}")
             continue
         verdict = "met   " if aim["met"] else "MISSED"
-        who = f"{aim['ours']} against {aim['over']}"
+        who = f"{aim['ours']} against {aim['over']}" if aim["over"] else aim["ours"]
         lines.append(
             f"{verdict} {aim['reached']:.2f} of {aim['at_least']:.2f}  {name}: {aim['aim']} ({who})"
         )
@@ -239,8 +248,8 @@ def _warmed_up(
         contender = each if isinstance(each, Contender) else Contender(each)
         try:
             with contender.around():
-                # The first calls compile, the next ones may record graphs or grow caches.
-                seconds(contender.call, 1 if shapes.SMOKE else 4, device)
+                # The first calls compile, on a GPU the next ones may record graphs or grow caches.
+                seconds(contender.call, 4 if device == "cuda" and not shapes.SMOKE else 1, device)
             running[key] = contender
         except Exception as error:
             absent[key] = _in_one_line(error)
@@ -275,12 +284,12 @@ def _judged(aim: Aim, entry: Mapping[str, Any]) -> dict[str, Any]:
     ours = [key for key in aim.ours or (entry["ours"],) if key in us]
     over = [key for key in aim.over if key in us]
     judged: dict[str, Any] = {"aim": aim.text, "at_least": round(aim.at_least, 3), "met": None}
-    if not ours or not over:
+    if not ours or (aim.over and not over):
         return judged | {"why": "ours is absent" if not ours else "the others are absent"}
-    fastest, rival = min(ours, key=us.__getitem__), min(over, key=us.__getitem__)
+    fastest, rival = min(ours, key=us.__getitem__), min(over, key=us.__getitem__, default=None)
     figures = entry.get(aim.of, {})
-    if fastest not in figures or rival not in figures:
+    if not {fastest, *([rival] if aim.over else [])} <= set(figures):
         return judged | {"why": f"no {aim.of} was measured here"}
-    reached = figures[rival] / figures[fastest]
+    reached = figures[rival] / figures[fastest] if aim.over else figures[fastest]
     judged |= {"ours": fastest, "over": rival, "reached": round(reached, 3)}
     return judged | {"met": reached >= aim.at_least}

@@ -15,18 +15,26 @@ from vitslim.masks import mask_parameters
 NAMES = {"T": "deit_tiny_patch16_224", "S": "deit_small_patch16_224", "B": "deit_base_patch16_224"}
 
 
-def dense(shape: Shape) -> nn.Module:
-    """Returns timm's model with random weights."""
+def dense(shape: Shape, image: int | None = None) -> nn.Module:
+    """Returns timm's model with random weights, for images of another size if that is given."""
     sizes = {}
     if shapes.SMOKE:
         sizes = {"depth": shapes.DEPTH, "img_size": shapes.IMAGE, "num_classes": shapes.CLASSES}
         sizes |= {"embed_dim": shape.embed_dim, "num_heads": shape.heads}
+    if image is not None:
+        sizes["img_size"] = image
     return timm.create_model(NAMES[shape.name], **sizes)
 
 
-def images(batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns random images, [B, 3, H, W]."""
-    return torch.randn(batch, 3, shapes.IMAGE, shapes.IMAGE, device=device).to(dtype)
+def images(
+    batch: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    image: int | None = None,
+) -> Tensor:
+    """Returns random images, [B, 3, H, W], of another size if that is given."""
+    size = image or shapes.IMAGE
+    return torch.randn(batch, 3, size, size, device=device).to(dtype)
 
 
 def searched(model: nn.Module) -> nn.Module:

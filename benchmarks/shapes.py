@@ -51,6 +51,9 @@ T, S, B = Shape("T", 3), Shape("S", 6), Shape("B", 12)
 # What runs on a processor, and what on a GPU.
 DEIT, BATCHES = (T, S, B), (1, 8)
 GPU_DEIT, GPU_BATCHES = (S, B), (1, 256)
+# Where the whole encoder runs in one call; sizes of batches and of images, for plots.
+ENCODER_DEIT, ENCODER_BATCHES, THREADS = DEIT, BATCHES, (1, 2)
+BATCH_SIZES, IMAGES = (1, 2, 4, 8, 16, 32, 64), (112, 160, 192, 224, 256, 320, 384)
 
 
 def shrink() -> None:
@@ -58,4 +61,6 @@ def shrink() -> None:
     small = {"TOKENS": 17, "IMAGE": 64, "DEPTH": 1, "CLASSES": 10, "SMOKE": True}
     small |= {"DEIT": (Shape("T", 1), Shape("S", 2)), "BATCHES": (1, 2)}
     small |= {"GPU_DEIT": (Shape("S", 1), Shape("B", 2)), "GPU_BATCHES": (1, 2)}
+    small |= {"ENCODER_DEIT": (Shape("T", 2),), "ENCODER_BATCHES": (2,), "THREADS": (1,)}
+    small |= {"BATCH_SIZES": (1, 2), "IMAGES": (32, 64)}
     globals().update(small)

@@ -22,8 +22,11 @@ def seconds(call: Callable[[], object], repeats: int, device: str) -> float:
 
 def repeats_for(call: Callable[[], object], slice_s: float, device: str) -> int:
     """Returns how often a warmed-up call fits into about `slice_s` seconds, at least once."""
+    once = seconds(call, 1, device)
+    if once > slice_s:
+        return 1
     # A first guess, then one over a tenth of the slice, in which start-up no longer counts.
-    guess = max(1, int(0.1 * slice_s / max(seconds(call, 1, device), 1e-7)))
+    guess = max(1, int(0.1 * slice_s / max(once, 1e-7)))
     return max(1, int(slice_s / max(seconds(call, guess, device), 1e-7)))
 
 
