@@ -23,6 +23,8 @@ ROUNDS = {"T": 9, "S": 6, "B": 5}
 OVER_RUNTIMES = {"T": 1.3, "S": 1.15, "B": 1.15}
 OF_PEAK = {1: 0.8, 8: 0.9}
 BF16 = torch.bfloat16
+# As a server would: no source beside it whose parameters have to be watched.
+DEPLOYED = {"keep_source": False}
 TURNS = {"slice_s": 0.1, "settle_s": 0.02}
 
 
@@ -53,9 +55,9 @@ def bench_slim(compare, folder, shape, batch, threads):
     dense, slim, ratio = dense_and_slim(shape)
     x = models.images(batch)
     packed = {
-        "packed": vitslim.pack(slim),
-        "packed, bfloat16 weights": vitslim.pack(slim, weights=BF16),
-        "packed, bfloat16 products": vitslim.pack(slim, weights=BF16, products=BF16),
+        "packed": vitslim.pack(slim, **DEPLOYED),
+        "packed, bfloat16 weights": vitslim.pack(slim, weights=BF16, **DEPLOYED),
+        "packed, bfloat16 products": vitslim.pack(slim, weights=BF16, products=BF16, **DEPLOYED),
     }
     calls = {name: _call(model, x, ours=True) for name, model in packed.items()}
     calls |= _torch_ways("slim", slim, x, threads) | _torch_ways("timm dense", dense, x, threads)
@@ -87,7 +89,7 @@ def bench_slim(compare, folder, shape, batch, threads):
 def bench_dense(compare, folder, shape, batch, threads):
     dense, _, _ = dense_and_slim(shape)
     x = models.images(batch)
-    packed = {"packed": vitslim.pack(dense)}
+    packed = {"packed": vitslim.pack(dense, **DEPLOYED)}
     calls = {"packed": _call(packed["packed"], x, ours=True)}
     calls |= _torch_ways("timm dense", dense, x, threads)
     with torch.no_grad():
