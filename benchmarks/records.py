@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def _processor() -> str:
     return re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", "", model) + generation
 
 
+@cache
 def _commit() -> str:
+    """Names the commit as the run found it, before it writes results of its own."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     result = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "none"
