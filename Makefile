@@ -116,7 +116,7 @@ OLDEST_TIMM := 1.0.16
 test-oldest-timm: $(VENV)/.built
 	$(PY) -m pip install -q --no-deps --target build/timm-$(OLDEST_TIMM) --upgrade timm==$(OLDEST_TIMM)
 	PYTHONPATH=build/timm-$(OLDEST_TIMM) $(PY) -m pytest -q \
-	  tests/layers tests/test_surgery.py tests/test_checkpoint.py tests/test_cost.py
+	  tests/layers tests/packed tests/test_surgery.py tests/test_checkpoint.py tests/test_cost.py
 
 clean:
 	rm -rf build dist *.egg-info vitslim/_C*.so $(VENV)/.built $(VENV)/.runtimes

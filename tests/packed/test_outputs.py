@@ -1,5 +1,6 @@
 """The packed model computes what timm's does, whatever it is made of and whoever calls it."""
 
+import inspect
 import threading
 
 import pytest
@@ -39,7 +40,7 @@ def test_only_what_the_head_reads_is_asked_for(monkeypatch):
     monkeypatch.setattr(
         packed_model, "vit_encoder", lambda *a: asked.append(a[5]) or vit_encoder(*a)
     )
-    for name in ("ViT", "DeiT distilled", "average pool", "prr", "pre-norm"):
+    for name in ("ViT", "DeiT distilled", "average pool", "max", "pre-norm"):
         model = dense(name)
         vitslim.pack(model)(photographs(model))
     assert asked == [1, 2, 17, 17, 1]
@@ -88,6 +89,8 @@ def test_heads_of_no_width_and_a_block_without_units():
 
 
 def test_heads_wider_than_the_model_divides():
+    if "attn_head_dim" not in inspect.signature(Attention.__init__).parameters:
+        pytest.skip(f"timm {timm.__version__} has no attn_head_dim")
     model = make()
     for block in model.blocks:
         block.attn = Attention(24, 3, attn_head_dim=13, qkv_bias=True).eval()

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import timm.layers
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNormFp32, LayerScale, PatchDropout
+from timm.layers import DropPath, LayerNorm, PatchDropout
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import nn
 
 from ..errors import VitslimError
@@ -21,7 +22,13 @@ from ..surgery import check_model
 ENCODED = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm")
 # A model that has its own version of one of these computes something else.
 _FORWARD = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
-_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, GatedLayerNorm)
+# An older timm has no LayerNormFp32.
+_NORMS = (
+    nn.LayerNorm,
+    LayerNorm,
+    getattr(timm.layers, "LayerNormFp32", LayerNorm),
+    GatedLayerNorm,
+)
 _INSTEAD = "use the model as it is"
 
 
