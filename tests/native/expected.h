@@ -42,8 +42,10 @@ Expected expect(bool bfloat16_products, Noise noise, uint64_t seed, const Run& r
       if (std::isfinite(difference)) change = std::max(change, difference);
     }
   }
-  // Below the smallest normal number float32 has no relative precision.
-  expected.budget = TINY * largest + change + FLT_MIN;
+  // Twice, because a few random disturbances are not the worst there are: a softmax of large
+  // logits reached 1.03 times their change on code without fused multiply-adds. Below the smallest
+  // normal number float32 has no relative precision.
+  expected.budget = TINY * largest + 2 * change + FLT_MIN;
   return expected;
 }
 
