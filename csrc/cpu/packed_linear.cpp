@@ -39,13 +39,6 @@ int64_t panel_elements(int64_t in, int64_t out, DType dtype) {
   return (out + PANEL - 1) / PANEL * PANEL * depth;
 }
 
-Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t depth) {
-  const int64_t bytes = weight.dtype == DType::FLOAT32 ? 4 : 2;
-  const int64_t step = panel_elements(weight.in, PANEL, weight.dtype);
-  return {static_cast<const char*>(weight.panels) + (panel * step + depth * PANEL) * bytes,
-          step * bytes, panels};
-}
-
 void packed_linear_cpu(const PackedLinear& call, const Threads& threads) {
   const PackedLinearKernels& kernels = packed_linear_kernels();
   const PackedWeight& weight = call.weight;

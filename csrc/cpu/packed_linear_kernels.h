@@ -15,7 +15,15 @@ struct Upcoming {
 };
 
 // The panels of a weight from the number `panel` on, each from the element `depth` of the sum on.
-Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t depth);
+namespace {
+inline Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t depth) {
+  const bool wide = weight.dtype == DType::FLOAT32;
+  const int64_t bytes = wide ? 4 : 2;
+  const int64_t step = (wide ? weight.in : (weight.in + 1) / 2 * 2) * PANEL;
+  return {static_cast<const char*>(weight.panels) + (panel * step + depth * PANEL) * bytes,
+          step * bytes, panels};
+}
+}  // namespace
 
 // Some rows times some panels of a packed weight, by one thread.
 struct Product {
