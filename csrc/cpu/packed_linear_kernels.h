@@ -14,8 +14,9 @@ struct Upcoming {
   int64_t panels;
 };
 
-// The panels of a weight from the number `panel` on, each from the element `depth` of the sum on.
 namespace {
+
+// The panels of a weight from the number `panel` on, each from the element `depth` of the sum on.
 inline Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t depth) {
   const bool wide = weight.dtype == DType::FLOAT32;
   const int64_t bytes = wide ? 4 : 2;
@@ -23,6 +24,7 @@ inline Upcoming upcoming(const PackedWeight& weight, int64_t panel, int64_t pane
   return {static_cast<const char*>(weight.panels) + (panel * step + depth * PANEL) * bytes,
           step * bytes, panels};
 }
+
 }  // namespace
 
 // Some rows times some panels of a packed weight, by one thread.
