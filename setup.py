@@ -7,15 +7,19 @@ Environment:
     VITSLIM_CUDA: ``0`` leaves CUDA out, ``1`` fails where it cannot be built, ``auto`` (default)
         builds it where nvcc is found.
     VITSLIM_SANITIZE: for developers, e.g. ``address,undefined``: builds with these sanitizers.
-    TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME: torch's own.
+    TORCH_CUDA_ARCH_LIST: the GPUs to build for, ``8.0 9.0+PTX`` or ``8.0;9.0+PTX``; what lies
+        below 8.0 is passed over. Default: 8.0, 8.6, 8.9, 9.0 and, by PTX, all later ones.
+    MAX_JOBS, CUDA_HOME: torch's own.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from setuptools import setup
@@ -24,11 +28,24 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 # Every torch from 2.11 on can load what is built against this version of its stable interface.
 STABLE_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+ARCHITECTURES = "8.0 8.6 8.9 9.0+PTX"
+# Torch's names for architectures, as far as the kernels run there.
+NAMED_ARCHITECTURES = {
+    "Ampere": "8.0 8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+}
 
 
 def found(pattern: str) -> list[str]:
     """The files of the tree that match, relative to it as setuptools wants them."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def megabytes(path: Path) -> float:
+    """The size of a file."""
+    return path.stat().st_size / 1e6
 
 
 def report(line: str) -> None:
@@ -69,6 +86,35 @@ def cuda_home() -> str | None:
     return None
 
 
+def cuda_architectures() -> list[str]:
+    """The architectures to build for, as "9.0" or, with PTX for later ones too, "9.0+PTX"."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    names = [NAMED_ARCHITECTURES.get(name, name) for name in re.split(r"[\s;]+", wish)]
+    wanted: list[str] = []
+    for name in " ".join(names).split():
+        match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", name)
+        if match is None:
+            raise SystemExit(
+                f"vitslim: TORCH_CUDA_ARCH_LIST has {name!r}, which is no architecture;"
+                " write for example '8.0 9.0+PTX'."
+            )
+        # Before 8.0 tensor cores have no bfloat16, and shared memory no asynchronous copies.
+        if float(match[1]) >= 8.0:
+            # Without the letter: no kernel uses what one GPU alone has.
+            wanted.append(match[1] + (match[2] or ""))
+    return list(dict.fromkeys(wanted))
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    """The flags of nvcc; given explicitly, they also stop torch from asking for a GPU."""
+    flags = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}"] + ([f"compute_{number}"] if name.endswith("+PTX") else [])
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
+
+
 def cuda_plan() -> tuple[str | None, str]:
     """Returns the toolkit to build with, or None and the reason."""
     wish = os.environ.get("VITSLIM_CUDA", "auto")
@@ -81,6 +127,8 @@ def cuda_plan() -> tuple[str | None, str]:
         reason = "csrc/cuda has no sources"
     elif home is None:
         reason = "no nvcc found, set CUDA_HOME"
+    elif not cuda_architectures():
+        reason = "TORCH_CUDA_ARCH_LIST has nothing from 8.0 on"
     else:
         return home, ""
     if wish == "1":
@@ -88,11 +136,12 @@ def cuda_plan() -> tuple[str | None, str]:
     return None, reason
 
 
-def cuda_architectures() -> list[str]:
-    """The -gencode flags; given explicitly, they also stop torch from asking for a GPU."""
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0").replace(" ", ";")
-    numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in wish.split(";") if arch]
-    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+def sources(with_cuda: bool) -> list[str]:
+    """The files to compile; those named _cuda.cpp bind kernels that are in csrc/cuda."""
+    files = ["csrc/module.cpp", *found("csrc/torch/*.cpp"), *found("csrc/cpu/*.cpp")]
+    if with_cuda:
+        return files + found("csrc/cuda/*.cu")
+    return [path for path in files if not path.endswith("_cuda.cpp")]
 
 
 def native_extension():
@@ -103,7 +152,11 @@ def native_extension():
     home, no_cuda = cuda_plan()
     cpp_extension.CUDA_HOME = home
     sanitize = os.environ.get("VITSLIM_SANITIZE", "")
-    defines = [STABLE_TORCH] + (["-DVITSLIM_CUDA", "-DUSE_CUDA"] if home else [])
+    architectures = cuda_architectures() if home else []
+    defines = [STABLE_TORCH]
+    if home:
+        defines += ["-DVITSLIM_CUDA", "-DUSE_CUDA"]
+        defines.append(f'-DVITSLIM_CUDA_ARCHITECTURES="{",".join(architectures)}"')
     cxx = ["-O3", "-g0"]
     if sanitize:
         cxx = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
@@ -113,24 +166,28 @@ def native_extension():
     cxx += ["-ffp-contract=off"]
     # -Wno-psabi: vectors are passed between inlined functions only, so their ABI does not matter.
     cxx += ["-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *defines]
-    sources = ["csrc/module.cpp", *found("csrc/cpu/*.cpp")]
-    sources += found("csrc/cuda/*.cu") if home else []
+    # Several files are compiled at once; cores that are left take a file's architectures.
+    threads = max(1, (os.cpu_count() or 1) // max(1, len(found("csrc/cuda/*.cu"))))
+    nvcc = ["-O3", *gencode(architectures), f"--threads={threads}"]
+    # Compressed, machine code takes a third of the space.
+    nvcc += ["-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all", STABLE_TORCH]
     extension = cpp_extension.CppExtension(
         "vitslim._C",
-        sources,
+        sources(with_cuda=home is not None),
         # pip's pybind11 goes before torch's: the copy in torch 2.11 refuses the stable interface.
         include_dirs=[pybind11.get_include()] + ([f"{home}/include"] if home else []),
         library_dirs=[f"{home}/lib64", f"{home}/lib"] if home else [],
         libraries=["cudart_static", "rt", "dl", "pthread"] if home else [],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", *cuda_architectures(), *defines]},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=[f"-fsanitize={sanitize}"] if sanitize else [],
-        depends=found("csrc/**/*.h"),
+        depends=[*found("csrc/**/*.h"), *found("csrc/cuda/*.cuh")],
     )
     # The stable interface does without torch's Python library, which changes with every release.
     extension.libraries = [name for name in extension.libraries if name != "torch_python"]
     line = "native CPU kernels (AVX-512 with bfloat16 and AMX, AVX2, portable)"
     line += f", sanitizers {sanitize}" if sanitize else ""
-    line += f"; CUDA kernels by {home}" if home else f"; no CUDA: {no_cuda}"
+    cuda = f"CUDA kernels by {home} for {' '.join(architectures)}"
+    line += f"; {cuda}" if home else f"; no CUDA: {no_cuda}"
     return extension, cpp_extension.BuildExtension, line
 
 
@@ -153,8 +210,15 @@ def build() -> None:
         """Says what was built when it is built."""
 
         def run(self) -> None:
+            start = time.monotonic()
             super().run()
-            report(line)
+            kernels = sum(megabytes(path) for path in Path(self.build_temp).rglob("cuda/*.o"))
+            size = megabytes(Path(self.get_ext_fullpath(extension.name)))
+            report(
+                line
+                + (f" ({kernels:.1f} MB)" if kernels else "")
+                + f"; built in {time.monotonic() - start:.0f} s, {size:.1f} MB"
+            )
 
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildAndReport})
 

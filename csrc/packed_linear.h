@@ -15,16 +15,13 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "dtype.h"
 #include "threads.h"
 
 namespace vitslim {
 
 constexpr int64_t PANEL = 16;
-
-// The numbers are those that `layout` holds (vit_encoder.h).
-enum class Activation { NONE, GELU, GELU_TANH, QUICK_GELU, SILU, RELU };
-constexpr int64_t ACTIVATION_COUNT = 6;
 
 struct PackedWeight {
   const void* panels;

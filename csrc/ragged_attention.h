@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "gpu.h"
 #include "threads.h"
 
 namespace vitslim {
@@ -40,10 +41,19 @@ struct RaggedAttentionBackward {
   const float* lse;   // [batch, heads, tokens], contiguous
   const float* mask;  // [D], or null
   void* grad_qkv;     // [batch, tokens, 3 * D], contiguous
-  float* grad_mask;  // [batch, D], one row for each image for the caller to add up; null if mask is
+  // [rows, D], for the caller to add up in order; null if mask is. On the CPU a row is an image.
+  float* grad_mask;
+  float* delta;  // [batch, heads, tokens], scratch of the CUDA kernels; null on the CPU
 };
 
 void ragged_attention_forward_cpu(const RaggedAttentionForward& call, const Threads& threads);
 void ragged_attention_backward_cpu(const RaggedAttentionBackward& call, const Threads& threads);
+
+// Heads may be up to CUDA_HEAD_WIDTH wide. Throws std::runtime_error, in one sentence.
+constexpr int64_t CUDA_HEAD_WIDTH = 128;
+void ragged_attention_forward_cuda(const RaggedAttentionForward& call, const Gpu& gpu);
+void ragged_attention_backward_cuda(const RaggedAttentionBackward& call, const Gpu& gpu);
+// How many rows the latter writes of grad_mask.
+int64_t ragged_attention_grad_mask_rows_cuda(const RaggedAttentionShape& shape, const Gpu& gpu);
 
 }  // namespace vitslim

@@ -1,6 +1,7 @@
 """The house rules that a tool can hold: imports point down, files hold one idea."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "vitslim").rglob("*.py"))
+SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+KNOWN_TO_BINDINGS = ("torch", "Python", "pyb")
 # Who may import whom, top to bottom; `ops` reaches the backends by name, in _dispatch alone.
 LEVELS = {
     "cli": 9,
@@ -27,6 +30,10 @@ LEVELS = {
     "files": 0,
     "errors": 0,
 }
+
+
+def includes(path):
+    return [line for line in path.read_text().splitlines() if "#include" in line]
 
 
 def room(path):
@@ -82,7 +89,7 @@ def test_the_triton_backend_stands_alone():
 
 def test_no_library_file_holds_two_ideas():
     sources = [*LIBRARY, *(ROOT / "triton_kernels").glob("*.py")]
-    sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in SUFFIXES]
     lengths = {path: len(path.read_text().splitlines()) for path in sources}
     assert {path.name: length for path, length in lengths.items() if length > 400} == {}
     assert sorted(lengths.values())[len(lengths) // 2] <= 140
@@ -90,6 +97,18 @@ def test_no_library_file_holds_two_ideas():
 
 def test_kernels_know_neither_torch_nor_python():
     for path in (ROOT / "csrc").rglob("*"):
-        if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.name != "module.cpp":
-            included = [line for line in path.read_text().splitlines() if "#include" in line]
-            assert not any(name in line for line in included for name in ("torch", "Python", "pyb"))
+        if path.suffix in SUFFIXES and path.name != "module.cpp" and path.parent.name != "torch":
+            assert not any(name in line for line in includes(path) for name in KNOWN_TO_BINDINGS)
+
+
+def test_bindings_know_no_kernel():
+    # They call what csrc/<op>.h declares, and leave to the kernels how it is done.
+    for path in (ROOT / "csrc/torch").iterdir():
+        assert not any("cpu/" in line or "cuda/" in line for line in includes(path))
+
+
+def test_all_inline_assembly_of_the_gpu_has_a_name():
+    # tests/native/emulated replaces these names to run the kernels on a CPU.
+    for path in (ROOT / "csrc/cuda").iterdir():
+        instructions = re.search(r'\basm\b[^"]*"[^"]+"', path.read_text())
+        assert path.name == "ptx.cuh" or not instructions, path.name

@@ -62,7 +62,8 @@ def _native_line(native: dict[str, Any]) -> str:
     sets = ", ".join(native["instruction_sets"])
     line = f"{native['instruction_set']} runs (of {sets}), built by {native['compiler']}"
     line += f", with {native['sanitizers']} sanitizers" if native["sanitizers"] else ""
-    return line + (", with CUDA" if native["cuda"] else ", without CUDA")
+    architectures = " ".join(native["cuda_architectures"])
+    return line + (f", with CUDA for {architectures}" if architectures else ", without CUDA")
 
 
 def _native() -> dict[str, Any]:

@@ -17,8 +17,9 @@ BACKENDS = {
     "native": "vitslim.native",
     "reference": "vitslim.reference",
 }
+# On a GPU the order of the first two is a guess: native is not measured yet.
 ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
-# What layers are made of, and what a packed model is; natively the latter is CPU and float32 alone.
+# What layers are made of, and what a packed model is.
 LAYER_OPS = ("ragged_attention", "masked_mlp", "gated_layer_norm")
 PACKED_OPS = ("packed_linear", "vit_encoder")
 OPS = LAYER_OPS + PACKED_OPS
@@ -66,11 +67,13 @@ def why_not(backend: str, op: str, device: torch.device | str, dtype: torch.dtyp
         return module
     if not hasattr(module, f"{op}_forward"):
         return f"{backend} has no {op} yet"
-    devices, dtypes = module.DEVICES, module.DTYPES
-    if backend == "native" and op in PACKED_OPS:
-        devices, dtypes = ("cpu",), (torch.float32,)
+    # A backend may limit an op to some of its devices and dtypes, and say why it has no GPU.
+    devices, dtypes = getattr(module, "LIMITS", {}).get(op, (None, module.DTYPES))
     if devices is not None and kind not in devices:
-        return f"{backend} runs on {' and '.join(devices)}, not on {kind}"
+        return f"{backend} runs {op} on {' and '.join(devices)}, not on {kind}"
+    if module.DEVICES is not None and kind not in module.DEVICES:
+        reason = getattr(module, "NO_CUDA", None) if kind == "cuda" else None
+        return reason or f"{backend} runs on {' and '.join(module.DEVICES)}, not on {kind}"
     if dtype not in dtypes:
         names = ", ".join(str(each).removeprefix("torch.") for each in dtypes)
         return f"{backend} takes {names}, not {str(dtype).removeprefix('torch.')}"
