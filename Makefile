@@ -5,10 +5,16 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 OUTPUT ?= runs/digits
 # The extension is built against the torch that is installed, not against a second download.
-INSTALL = $(PY) -m pip install -v --no-build-isolation --no-deps
+INSTALL = $(GPUS) $(PY) -m pip install -v --no-build-isolation --no-deps
+# A build that is not to be given away needs CUDA kernels for the GPU that is here, or for one
+# generation, to see that they compile; all those of setup.py take four times as long.
+TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+  2> /dev/null | grep -x '[0-9]*\.[0-9]' | sort -u | tr '\n' ' '),9.0)
+GPUS = TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
+CXX_FILES = $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: run test test-oldest-timm bench bench-cpu lint format aot gpu asan fuzz tsan soak clean
+.PHONY: run test test-oldest-timm bench bench-cpu lint format aot ptxas gpu asan fuzz tsan soak clean
 .PHONY: gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
 
 run: $(VENV)/.built
@@ -32,17 +38,21 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 # What the Triton kernels compile to on every GPU they are for: registers, spills, shared memory,
 # tensor-core instructions. No GPU is needed; long on two cores, half an hour by estimate.
 aot: $(VENV)/.built
 	$(PY) tests/aot.py --all
+
+# The same of the CUDA kernels, by nvcc: registers, spills, stack; fails where a kernel spills.
+ptxas: $(VENV)/.installed
+	$(PY) tests/ptxas.py
 
 # The suite of a machine with a GPU and its own torch, in steps of a few minutes each.
 # -P keeps the source tree, which holds no compiled module, off the path.
@@ -51,13 +61,14 @@ GPU_PY ?= python3 -P
 GPU_TEST ?=
 GPU_BENCH = $(GPU_PY) -m pytest -c benchmarks/pytest.ini -q -s
 # Small shapes, odd strides, both dtypes. Triton compiles before anything runs under the tool.
-GPU_SMALL = tests/ops -q -k "cuda and triton and (strided or stride_zero or empty or bits)"
+GPU_SMALL = tests/ops -q \
+  -k "cuda and (triton or native) and (strided or stride_zero or empty or bits)"
 SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes application-only
 
 gpu: gpu-install gpu-test gpu-bench gpu-sanitize
 
 gpu-install:
-	$(GPU_PY) -m pip install -v --no-build-isolation --no-deps .
+	$(GPUS) $(GPU_PY) -m pip install -v --no-build-isolation --no-deps .
 
 gpu-test:
 	$(GPU_PY) -m pytest $(GPU_TEST) tests/ops -k cuda
@@ -133,5 +144,5 @@ $(VENV)/.runtimes: $(VENV)/.built benchmarks/requirements.txt
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@$(INSTALL) -e . > $(VENV)/build.log 2>&1 || { tail -40 $(VENV)/build.log; exit 1; }
-	@grep -h "vitslim: " $(VENV)/build.log | tail -1
+	@grep -h "^ *vitslim: " $(VENV)/build.log | tail -1
 	touch $@

@@ -10,7 +10,7 @@ from vitslim.ops import gated_layer_norm, masked_mlp, ragged_attention
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-    pytest.mark.parametrize("forced", ["triton"], indirect=True),
+    pytest.mark.parametrize("forced", ["triton", "native"], indirect=True),
 ]
 
 HEAD_DIMS = (24, 40, 7, 64)
@@ -102,6 +102,16 @@ def test_a_stream_of_its_own_is_obeyed(work):
         refill(leaves, values)
         actual = run()
     stream.synchronize()
+    assert_same(actual, expected)
+
+
+def test_another_gpu_may_be_the_current_one(work):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    _, run = work
+    expected = run()
+    with torch.cuda.device(1):
+        actual = run()
     assert_same(actual, expected)
 
 

@@ -11,6 +11,8 @@ from vitslim.errors import VitslimError
 from vitslim.ops import ragged_attention, use_backend, why_not
 from vitslim.ops._dispatch import OPS, PACKED_OPS, find
 
+NO_GPU = "native needs an NVIDIA GPU, and torch sees none"
+
 
 def test_the_reference_runs_everything():
     for op in OPS:
@@ -58,9 +60,20 @@ def test_packed_ops_run_natively_on_the_cpu_in_float32_alone(op):
     if reason is not None:
         pytest.skip(reason)
     assert why_not("native", op, "cpu", torch.bfloat16) == "native takes float32, not bfloat16"
-    assert why_not("native", op, "cuda", torch.float32) == "native runs on cpu, not on cuda"
+    assert why_not("native", op, "cuda", torch.float32) == f"native runs {op} on cpu, not on cuda"
     assert find(op, "cpu", torch.float32).__name__ == "vitslim.native"
     assert find(op, "cpu", torch.float64).__name__ == "vitslim.reference"
+
+
+@pytest.mark.parametrize("op", ["masked_mlp", "gated_layer_norm"])
+def test_these_run_natively_on_gpus_alone(op):
+    if why_not("native", "ragged_attention", "cpu", torch.float32) is not None:
+        pytest.skip("native is not built")
+    assert why_not("native", op, "cpu", torch.float32) == f"native runs {op} on cuda, not on cpu"
+    assert find(op, "cpu", torch.float32).__name__ == "vitslim.reference"
+    if not torch.cuda.is_available():
+        reason = why_not("native", op, "cuda", torch.float32)
+        assert reason in ("native is built without CUDA", NO_GPU)
 
 
 def test_use_backend_restores_what_was_there_before():

@@ -92,5 +92,70 @@ def test_the_bare_ops_check_their_arguments():
         ops.ragged_attention_forward(torch.randn(2, 3, 10), [4], 0.5, None)
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
         ops.ragged_attention_forward(torch.randn(2, 3, 12).double(), [4], 0.5, None)
-    with pytest.raises(RuntimeError, match="mask must"):
+    with pytest.raises(RuntimeError, match=r"mask must have the shape \[4\], but has \[3\]"):
         ops.ragged_attention_forward(torch.randn(2, 3, 12), [4], 0.5, torch.ones(3))
+    with pytest.raises(RuntimeError, match="mask must be float32"):
+        ops.ragged_attention_forward(torch.randn(2, 3, 12), [4], 0.5, torch.ones(4).half())
+    out, lse = torch.randn(2, 3, 4), torch.randn(2, 1, 3)
+    with pytest.raises(RuntimeError, match=r"out must have the shape \[2, 3, 4\], but has"):
+        ops.ragged_attention_backward(out, torch.randn(2, 3, 12), lse, lse, [4], 0.5, None)
+    with pytest.raises(RuntimeError, match="grad_out must be float32"):
+        ops.ragged_attention_backward(out.half(), torch.randn(2, 3, 12), out, lse, [4], 0.5, None)
+
+
+needs_cuda_build = pytest.mark.skipif(
+    not hasattr(torch.ops.vitslim_native, "masked_activation_forward"),
+    reason="native is built without CUDA",
+)
+
+
+@needs_cuda_build
+def test_ops_for_gpus_alone_are_not_registered_for_the_cpu():
+    with pytest.raises(NotImplementedError, match="masked_activation_forward"):
+        torch.ops.vitslim_native.masked_activation_forward(torch.randn(2, 3), None, "gelu")
+
+
+@pytest.mark.skipif(
+    why_not("native", "masked_mlp", "cuda", torch.float32) is not None,
+    reason=str(why_not("native", "masked_mlp", "cuda", torch.float32)),
+)
+def test_the_bare_ops_check_their_arguments_on_cuda():
+    ops, x = torch.ops.vitslim_native, torch.randn(2, 3, 12, device="cuda")
+    with pytest.raises(RuntimeError, match="mask must be on the input's device"):
+        ops.ragged_attention_forward(x, [4], 0.5, torch.ones(4))
+    with pytest.raises(RuntimeError, match="float32_parts must be 2 or 3, but is 1"):
+        ops.ragged_attention_forward(x, [4], 0.5, None, 1)
+    with pytest.raises(RuntimeError, match="head 0 is 129 wide, and the CUDA kernels hold 128"):
+        ops.ragged_attention_forward(torch.randn(1, 2, 387, device="cuda"), [129], 0.5, None)
+    with pytest.raises(RuntimeError, match=r"weight must have the shape \[12\], but has \[3\]"):
+        ops.gated_layer_norm_forward(x, x[0, :, 0], x[0, 0], 1e-6, None)
+    with pytest.raises(RuntimeError, match="bias must be float16"):
+        ops.gated_layer_norm_forward(x.half(), x[0, 0].half(), x[0, 0], 1e-6, None)
+    with pytest.raises(RuntimeError, match="no activation is called 'mish'"):
+        ops.masked_activation_forward(x[0], None, "mish")
+    with pytest.raises(RuntimeError, match="grad_hidden must be contiguous"):
+        ops.masked_activation_backward(x[0, :, :2], x[0, :, :2], None, "gelu")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "here", "runs"),
+    [
+        (["8.0", "9.0+PTX"], (9, 0), True),
+        (["8.0", "9.0+PTX"], (8, 9), True),
+        (["8.0", "9.0+PTX"], (12, 0), True),
+        (["8.0", "9.0"], (12, 0), False),
+        (["9.0+PTX"], (8, 9), False),
+        (["8.6", "8.9"], (8, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_is_for(architectures, here, runs, monkeypatch):
+    from vitslim import native as backend
+
+    monkeypatch.setattr("torch.version.cuda", "13.2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: here)
+    reason = backend._no_cuda(architectures)
+    assert (reason is None) == runs
+    if architectures and not runs:
+        assert reason.endswith(f"this one has {here[0]}.{here[1]}")
