@@ -16,7 +16,7 @@ from unittest import mock
 import shapes
 import torch
 import torch.nn.functional as F
-from harness import Absent, Contender
+from harness import Absent, Aim, Contender
 from shapes import SCALE
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +27,7 @@ from vitslim.ops import use_backend, why_not
 
 Call = Callable[[Tensor], Tensor]
 IN_A_GRAPH = 20
+OUR_BACKENDS = ("triton", "native")
 SDPA_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -128,15 +129,16 @@ def timed(
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 
 
-def with_triton(
+def with_backend(
+    backend: str,
     call: Callable[[], object],
     ops: Sequence[str],
     device: str,
     dtype: torch.dtype,
     resident_mib: Callable[[], float] = float,
 ) -> Contender | Absent:
-    """Returns the call with Triton's kernels forced for some ops, or why that cannot be."""
-    reasons = [reason for op in ops if (reason := why_not("triton", op, device, dtype))]
+    """Returns the call with a backend forced for some ops, or why that cannot be."""
+    reasons = [reason for op in ops if (reason := why_not(backend, op, device, dtype))]
     if reasons:
         return Absent(reasons[0])
 
@@ -144,10 +146,31 @@ def with_triton(
     def forced() -> Iterator[None]:
         with ExitStack() as stack:
             for op in ops:
-                stack.enter_context(use_backend("triton", op))
+                stack.enter_context(use_backend(backend, op))
             yield
 
     return Contender(call, forced, True, resident_mib=resident_mib)
+
+
+with_triton = partial(with_backend, "triton")
+
+
+def ours(
+    call: Callable[[], object], op: str, device: str, dtype: torch.dtype, beside: str = ""
+) -> dict[str, Contender | Absent]:
+    """Returns the call of an op once with each of our GPU backends: "ours, triton" and so on."""
+    return {
+        f"ours, {backend}{beside}": with_backend(backend, call, [op], device, dtype)
+        for backend in OUR_BACKENDS
+    }
+
+
+def aims_of_each(text: str, over: tuple[str, ...], at_least: float, beside: str = "") -> list[Aim]:
+    """Returns the same aim for each of our GPU backends."""
+    return [
+        Aim(f"{text}, {backend}", over, at_least, (f"ours, {backend}{beside}",))
+        for backend in OUR_BACKENDS
+    ]
 
 
 @contextmanager

@@ -7,9 +7,8 @@ residual stream stays in float32.
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import compiled, timed, with_triton
+from baselines import aims_of_each, compiled, ours, timed
 from floor import Pass
-from harness import Aim
 from shapes import GPU_BATCHES, GPU_DEIT, TOKENS
 
 from vitslim.ops import gated_layer_norm
@@ -31,9 +30,9 @@ def bench_forward_backward(compare, gpu, shape, batch, dtype):
     x, grad = (torch.randn(size, device=gpu).to(dtype) for _ in range(2))
     weight, bias = (torch.randn(shape.embed_dim, device=gpu).to(dtype) for _ in range(2))
     inputs = [x, weight, bias, torch.rand(TOKENS, device=gpu) + 0.5]
-    ours = timed(lambda x, w, b, gate: gated_layer_norm(x, w, b, EPS, gate), inputs, grad)
+    call = timed(lambda x, w, b, gate: gated_layer_norm(x, w, b, EPS, gate), inputs, grad)
     calls = {
-        "ours": with_triton(ours, [OP], gpu, dtype),
+        **ours(call, OP, gpu, dtype),
         "F.layer_norm * gate": timed(eager, inputs, grad),
         RIVAL: timed(compiled(eager), inputs, grad),
         "F.layer_norm, no gate": timed(
@@ -52,5 +51,5 @@ def bench_forward_backward(compare, gpu, shape, batch, dtype):
         dtype=dtype,
         # x and out; then grad_out, x and grad_x.
         passes=[Pass(2 * x.nbytes), Pass(3 * x.nbytes)],
-        aims=[Aim("no slower than compiled", (RIVAL,), 1.0)],
+        aims=aims_of_each("no slower than compiled", (RIVAL,), 1.0),
     )

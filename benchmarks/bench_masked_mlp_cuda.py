@@ -7,9 +7,8 @@ torch.compile that is what a masked layer does where no fused kernel wins.
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import compiled, timed, with_triton
+from baselines import aims_of_each, compiled, ours, timed
 from floor import Pass
-from harness import Aim
 from shapes import GPU_BATCHES, GPU_DEIT, TOKENS
 from timm.layers import Mlp
 from torch import nn
@@ -18,6 +17,7 @@ from vitslim.ops import masked_mlp
 
 OP = "masked_mlp"
 DTYPE = torch.bfloat16
+RIVAL = "timm's Mlp, no mask, compiled"
 
 
 def folded(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, mask):
@@ -49,21 +49,21 @@ def bench_forward_backward(compare, gpu, shape, batch):
         return timed(lambda x, *_: function(x), plain, grad)
 
     calls = {
-        "ours": with_triton(timed(masked_mlp, masked, grad), [OP], gpu, DTYPE),
+        **ours(timed(masked_mlp, masked, grad), OP, gpu, DTYPE),
         "timm's Mlp, no mask": without_a_mask(mlp),
-        "timm's Mlp, no mask, compiled": without_a_mask(compiled(mlp)),
+        RIVAL: without_a_mask(compiled(mlp)),
         "folded": timed(folded, masked, grad),
         "folded, compiled": timed(compiled(folded), masked, grad),
     }
     compare(
         f"{OP} forward+backward {shape.name} batch {batch} bf16",
         calls,
-        "timm's Mlp, no mask, compiled",
+        RIVAL,
         {"batch": batch, "dtype": "bfloat16"},
         rounds=7,
         slice_s=0.02,
         device=gpu,
         dtype=DTYPE,
         passes=passes(batch * TOKENS, channels, hidden),
-        aims=[Aim("no slower than compiled without a mask", ("timm's Mlp, no mask, compiled",), 1)],
+        aims=aims_of_each("no slower than compiled without a mask", (RIVAL,), 1.0),
     )

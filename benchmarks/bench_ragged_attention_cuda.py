@@ -1,4 +1,4 @@
-"""Attention on a GPU in bfloat16: Triton's kernels against SDPA's and FlexAttention.
+"""Attention on a GPU in bfloat16: our kernels against those of SDPA and FlexAttention.
 
 Dense heads with a mask do what unmasked SDPA does after the mask was folded into the weights.
 Ragged heads are padded for SDPA in every way a user could; "pre-padded" had its projection widened
@@ -10,17 +10,18 @@ import pytest
 import torch
 from baselines import (
     SDPA_KERNELS,
+    aims_of_each,
     compiled,
     each_sdpa_kernel,
     grouped_sdpa,
     in_a_graph,
+    ours,
     padded_sdpa,
     sdpa_of_equal_heads,
     timed,
-    with_triton,
 )
 from floor import Pass
-from harness import Absent, Aim, Contender
+from harness import Absent, Contender
 from shapes import GPU_BATCHES, GPU_DEIT, HEAD_DIM, SCALE, TOKENS, ragged_widths
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -30,6 +31,7 @@ OP = "ragged_attention"
 DTYPE = torch.bfloat16
 # What a search leaves is rounded to 8 unless the user says otherwise.
 UNIT = 8
+MASKED = ", masked"
 NOT_COMPILED = "compiled for the large batch alone, to keep the suite short"
 
 passes_of = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
@@ -56,14 +58,14 @@ class Work:
         grad = torch.randn(shape, device=self.device).to(DTYPE) if self.backward else None
         return timed(function, [qkv] if mask is None else [qkv, mask], grad)
 
-    def ours(self, head_dims, mask=None):
-        """Returns the op with Triton forced; with a mask, its gradient is computed too."""
+    def ours(self, head_dims, mask=None, beside=""):
+        """Returns the op with each backend forced; with a mask, its gradient is computed too."""
         call = self.call(
             lambda qkv, mask=None: ragged_attention(qkv, head_dims, SCALE, mask),
             sum(head_dims),
             mask,
         )
-        return with_triton(call, [OP], self.device, DTYPE)
+        return ours(call, OP, self.device, DTYPE, beside)
 
     def sdpa_of(self, heads, head_dim, name):
         """Returns equal heads through each of SDPA's kernels."""
@@ -74,8 +76,8 @@ class Work:
         """Returns the contenders for dense heads."""
         mask = torch.rand(heads * HEAD_DIM, device=self.device) + 0.5
         head_dims = [HEAD_DIM] * heads
-        ours = {"ours, masked": self.ours(head_dims, mask), "ours, no mask": self.ours(head_dims)}
-        return ours | self.sdpa_of(heads, HEAD_DIM, "SDPA")
+        found = self.ours(head_dims, mask, MASKED) | self.ours(head_dims, beside=", no mask")
+        return found | self.sdpa_of(heads, HEAD_DIM, "SDPA")
 
     def ragged(self, head_dims, compiles):
         """Returns the contenders for ragged heads, SDPA on dense ones included."""
@@ -86,7 +88,7 @@ class Work:
         flexible = padded_sdpa(
             head_dims, HEAD_DIM, self.device, lambda q, k, v: flex_attention(q, k, v, scale=SCALE)
         )
-        found = {"ours": self.ours(list(head_dims))}
+        found = self.ours(list(head_dims))
         found |= each_sdpa_kernel("padded SDPA", self.call(padded, width))
         found |= {
             name: Contender(self.call(compiled(call), width)) if compiles else Absent(NOT_COMPILED)
@@ -137,7 +139,7 @@ class Work:
 def dense_aims():
     """The aims of masked dense heads."""
     rivals = tuple(f"SDPA, {kernel}" for kernel in SDPA_KERNELS)
-    return [Aim("masked no slower than the best unmasked SDPA", rivals, 1.0)]
+    return aims_of_each("masked no slower than the best unmasked SDPA", rivals, 1.0, MASKED)
 
 
 def ragged_aims(contenders, backward):
@@ -146,8 +148,8 @@ def ragged_aims(contenders, backward):
     factor = 1.3 if backward else 1.5
     beforehand = tuple(name for name in contenders if name.startswith("pre-padded"))
     return [
-        Aim(f"{factor} times the best that pads or groups", rivals, factor),
-        Aim("no slower than the best that was padded beforehand", beforehand, 1.0),
+        *aims_of_each(f"{factor} times the best that pads or groups", rivals, factor),
+        *aims_of_each("no slower than the best that was padded beforehand", beforehand, 1.0),
     ]
 
 

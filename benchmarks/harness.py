@@ -195,15 +195,14 @@ class Compare:
 def lines_of(name: str, entry: Mapping[str, Any]) -> list[str]:
     """Returns an entry as lines: how many times as long as ours every contender took."""
     to, there = entry["ratios_to"], entry["ratios_to"] == entry["ours"]
-    reached = entry.get("fraction_of_floor", {}).get(to)
-    floor = "" if reached is None else f", {100 * reached:.0f}% of the floor's speed"
     beside = "" if there else " (ours is absent)"
-    lines = [f"{name}: {to} {entry['us'][to]:.0f} us{floor}{_rate(entry, to)}{beside}"]
+    lines = [f"{name}: {to} {entry['us'][to]:.0f} us{_floor(entry, to)}{_rate(entry, to)}{beside}"]
     for key, ratio in entry["speedup_of_ours_over"].items():
         mark = "  <- baseline" if key == entry["baseline"] else ""
         at_best = entry["speedup_at_best"][key]
         loss = "  LOSS" if ratio < 1 and there and key not in entry["also_ours"] else ""
-        told = f"{key}{_rate(entry, key)}{loss}{mark}"
+        floor = _floor(entry, key) if key in entry["also_ours"] else ""
+        told = f"{key}{floor}{_rate(entry, key)}{loss}{mark}"
         lines.append(f"    {ratio:6.2f}  (best turns {at_best:6.2f})  {told}")
     reasons: dict[str, list[str]] = {}
     for key, reason in entry["absent"].items():
@@ -225,6 +224,12 @@ def aim_lines_of(name: str, entry: Mapping[str, Any]) -> list[str]:
             f"{verdict} {aim['reached']:.2f} of {aim['at_least']:.2f}  {name}: {aim['aim']} ({who})"
         )
     return lines
+
+
+def _floor(entry: Mapping[str, Any], key: str) -> str:
+    """Returns how much of what the device could do at best a contender does, where it is known."""
+    reached = entry.get("fraction_of_floor", {}).get(key)
+    return "" if reached is None else f", {100 * reached:.0f}% of the floor's speed"
 
 
 def _rate(entry: Mapping[str, Any], key: str) -> str:
