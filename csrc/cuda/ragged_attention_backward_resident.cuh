@@ -1,13 +1,13 @@
 // The backward of attention for up to 256 tokens, 16-bit numbers and heads up to 64 wide.
 //
-// A block owns a head of an image, and a warp 16 keys: their rows of K and V' as left operands and
-// their R_k and R_v stay in registers, while blocks of 32 queries pass through shared memory, one
-// ahead of those at work. dS^T, which the warps need of each other, goes to shared memory
-// [keys][32 queries]; behind the next barrier, some warps multiply it with K and write grad_q,
-// before all go on to the next queries. Two buffers of everything make that one barrier for a block
-// of queries. 5 products, no exchange with other blocks: row `image` of grad_mask is the block's.
+// A block owns a head of an image, and a warp 16 keys: their rows of V' as left operand and their
+// R_k and R_v stay in registers, while blocks of 32 queries pass through shared memory, one ahead
+// of those at work. dS^T, which the warps need of each other, goes to shared memory [keys][32
+// queries]; behind the next barrier, some warps multiply it with K and write grad_q, before all go
+// on to the next queries. Two buffers of everything make that one barrier for a block of queries. 5
+// products, no exchange with other blocks: row `image` of grad_mask is the block's.
 //
-// Shared memory: K for grad_q, V' until it is in registers and then dS^T in its place, lse and
+// Shared memory: K, V' until it is in registers and then dS^T in its place, lse and
 // delta of all queries, and the blocks of queries. What grad_q leaves through becomes the sums for
 // grad_z at the end.
 
