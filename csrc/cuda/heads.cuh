@@ -60,6 +60,9 @@ __device__ __forceinline__ void with_width(int width, const Body& body) {
   body(std::integral_constant<int, W>());
 }
 
+// The W of with_width.
+inline int padded_width(int width) { return width > 16 ? (width + 15) / 16 * 16 : 16; }
+
 // Whether all rows of all heads whose offset is aligned start on 16 bytes.
 template <typename E>
 bool rows_aligned(const void* first, int64_t batch_stride, int64_t token_stride, int64_t columns) {

@@ -18,7 +18,6 @@ namespace vitslim {
 
 // What the current device has.
 struct Device {
-  int index;
   int processors;         // streaming multiprocessors
   int64_t shared_memory;  // bytes that one block may have
 };
@@ -36,7 +35,7 @@ inline Device current_device() {
         "the number of multiprocessors");
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
         "the size of shared memory");
-  return {index, processors, bytes};
+  return {processors, bytes};
 }
 
 struct Grid {

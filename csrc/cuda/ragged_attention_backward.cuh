@@ -22,9 +22,6 @@ namespace vitslim {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// The W of with_width.
-inline int padded_width(int width) { return width > 16 ? (width + 15) / 16 * 16 : 16; }
-
 template <typename E>
 struct BackwardArguments {
   const E* qkv;       // [batch, tokens, 3 * D]

@@ -57,7 +57,7 @@ Cut cut(const RaggedAttentionShape& shape, int64_t heads, int64_t tile, int64_t 
 template <typename E, int WIDEST, int PARTS>
 void start(const RaggedAttentionForward& call, ForwardTask<E> task, const HeadTable& table,
            const Device& device, const Gpu& gpu) {
-  const int64_t width = std::max(16, (table.heads[0].width + 15) / 16 * 16);
+  const int64_t width = padded_width(table.heads[0].width);
   const int64_t image_bytes =
       std::max<int64_t>(1, 4 * int64_t(table.columns) * call.shape.tokens * int64_t(sizeof(E)));
   const Cut work =

@@ -164,8 +164,9 @@ template <int PARTS>
 using Fragment = uint32_t[PARTS][4];
 
 // The fragments of the 16 x 16 numbers X from `row` and `column` on, both multiples of 16, as
-//   load_a            the left operand X           load_b            the right operand X^T
-//   load_a_transposed the left operand X^T         load_b_transposed the right operand X
+//   load_a             the left operand X
+//   load_b             the right operand X^T
+//   load_b_transposed  the right operand X
 template <int W, int PARTS>
 __device__ inline void load_a(Fragment<PARTS>& fragment, const Tile<W, PARTS>& tile, int row,
                               int column) {
@@ -191,16 +192,6 @@ __device__ inline void load_b(Fragment<PARTS>& fragment, const Tile<W, PARTS>& t
     ldmatrix(fragment[p],
              tile.from(row).at(p, lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
 }
-template <int W, int PARTS>
-__device__ inline void load_a_transposed(Fragment<PARTS>& fragment, const Tile<W, PARTS>& tile,
-                                         int row, int column) {
-  const int lane = lane_of_warp();
-#pragma unroll
-  for (int p = 0; p < PARTS; ++p)
-    ldmatrix_transposed(fragment[p],
-                        tile.from(row).at(p, lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
-}
-
 // A 16 x N result: accumulators [N / 8][4]. A lane holds of every 8 columns the numbers
 //   [0], [1]   row lane / 4,      columns 2 (lane % 4) and the next
 //   [2], [3]   row lane / 4 + 8,  the same columns
