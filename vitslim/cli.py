@@ -262,13 +262,13 @@ def _packing(given: dict[str, Any]) -> str | None:
 
 def _of_stage(given: dict[str, Any], stage: str) -> dict[str, Any]:
     """Picks the settings of one stage: those for all stages, then those for it alone."""
-    from .workflow.settings import ONLY_IN, STAGES
+    from .workflow.settings import STAGES, belongs
 
     prefixes = tuple(f"{each}_" for each in STAGES)
     shared = {
         name: value
         for name, value in given.items()
-        if not name.startswith(prefixes) and ONLY_IN.get(name, stage) == stage
+        if not name.startswith(prefixes) and belongs(name, stage)
     }
     own = {n[len(stage) + 1 :]: v for n, v in given.items() if n.startswith(f"{stage}_")}
     return {**shared, **own}

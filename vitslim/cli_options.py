@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import VitslimError
-from .workflow.settings import DIGITS, ONLY_IN, PAPER, STAGES, Settings
+from .workflow.settings import DIGITS, PAPER, STAGES, Settings, belongs
 
 BUDGET_HELP = (
     "macs=60%%, params=12M, latency=60%%, or attention=0.7,mlp=0.7,token=0.8; may be repeated"
@@ -131,7 +131,7 @@ def add_settings(parser: argparse.ArgumentParser, stage: str) -> None:
     """Adds the settings of one stage, each with its default."""
     group = parser.add_argument_group("training options, named as in timm")
     for field in dataclasses.fields(Settings):
-        if ONLY_IN.get(field.name, stage) == stage:
+        if belongs(field.name, stage):
             usual = PAPER[stage].get(field.name, field.default)
             digits = DIGITS[stage].get(field.name, usual)
             default = _shown(usual) + (f"; digits {_shown(digits)}" if digits != usual else "")
@@ -150,8 +150,8 @@ def add_settings_of_run(parser: argparse.ArgumentParser) -> None:
             add_setting(group, field, "", field.metadata["help"])
     for stage in STAGES:
         for field in dataclasses.fields(Settings):
-            if field.name not in ("data", "data_dir", "device", "seed") and (
-                ONLY_IN.get(field.name, stage) == stage
+            if field.name not in ("data", "data_dir", "device", "seed") and belongs(
+                field.name, stage
             ):
                 shown = field.name in ("epochs", "lr")
                 text = f"{stage}: {field.metadata['help']}" if shown else argparse.SUPPRESS

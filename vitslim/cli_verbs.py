@@ -126,9 +126,6 @@ def _retrain(verbs: Any) -> None:
     parser.add_argument("search", metavar="SEARCH", help="a search's folder, or a run's")
     parser.add_argument("plan", metavar="PLAN", help="a plan that `vitslim threshold` wrote")
     add_output(parser, "where the slim model and the states go")
-    parser.add_argument(
-        "--teacher", metavar="MODEL", help="saved dense model for --distill-loss-weight"
-    )
     add_fold(parser)
     add_settings(parser, "retrain")
 
