@@ -11,6 +11,11 @@ import yaml
 import vitslim
 from vitslim.cli import VERBS, main
 from vitslim.ops import OPS, use_backend, why_not
+from vitslim.workflow.asked import ask
+from vitslim.workflow.interrupt import Stopped
+from vitslim.workflow.models import open_dense, open_teacher
+from vitslim.workflow.options import STAGES
+from vitslim.workflow.settings import settings_for
 
 TINY = ("img_size=8", "patch_size=4", "in_chans=1", "num_classes=10", "embed_dim=16", "depth=2")
 TINY += ("num_heads=2",)
@@ -41,6 +46,20 @@ def test_help_shows_an_example(verb: str, capsys) -> None:
     text = capsys.readouterr().out
     assert f"example:\n  vitslim {verb}" in text
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("verb", ["run", "search", "retrain"])
+def test_help_groups_the_options_and_tells_their_defaults(verb: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    titles = ("masks", "data", "optimisation", "precision and speed", "checkpoints", "distillation")
+    assert [title for title in titles if f"\n{title}:\n" in text] == [*titles[verb == "retrain" :]]
+    assert "deit_small_fast" in text
+    # The first group is of options that have no default, and every other option tells its own.
+    for group in text.split("\n\nexample:")[0].split(":\n  --")[1:]:
+        for option in group.split("\n\n")[0].split("\n  --"):
+            assert option.rstrip().endswith("]"), option
 
 
 def test_search_and_retrain_write_models_that_timm_loads(run: Path) -> None:
@@ -164,20 +183,159 @@ def test_yaml_stands_under_flags(run: Path, tmp_path: Path, capsys) -> None:
     config = tmp_path / "search.yaml"
     options = {"epochs": 5, "batch-size": 256, "aa": None, "scale": [0.5, 1], "no_aug": True}
     options |= {"lr": "1e-4", "output": str(tmp_path / "out"), "model_ema": False}
+    options |= {"model": str(run / "dense"), "retrain": {"opt": "none of the search's business"}}
     config.write_text(yaml.safe_dump(options))
-    assert main(["search", str(run / "dense"), "-c", str(config), "--epochs", "1"]) == 0
+    assert main(["search", "-c", str(config), "--epochs", "1"]) == 0
     args = json.loads((tmp_path / "out/result.json").read_text())["args"]
-    assert (args["epochs"], args["batch_size"], args["lr"]) == (1, 256, 1e-4)
+    assert (args["epochs"], args["images_per_update"], args["lr"]) == (1, 256, 1e-4)
     assert (args["aa"], args["scale"], args["no_aug"]) == (None, [0.5, 1.0], True)
+    assert args["model"] == str(run / "dense")
 
 
 def test_unknown_yaml_keys_are_refused_by_name(tmp_path: Path, capsys) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("epochs: 3\nlearning_rate: 0.1\nsearch-epochs: 2\n")
     assert main(["run", "-c", str(config), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert "that run does not have: epochs, learning_rate." in error
+    assert f"{config} has what no verb knows: learning_rate" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def asked_of_run(monkeypatch: pytest.MonkeyPatch, words: list[str]):
+    """What `vitslim run` hands on, without doing it."""
+    jobs: list = []
+    monkeypatch.setattr("vitslim.workflow.run.run", jobs.append)
+    assert main(["run", *words]) == 0
+    return jobs.pop()
+
+
+@pytest.mark.parametrize("recipe", ["digits", "deit_small", "deit_small_fast", "deit_base"])
+def test_args_yaml_of_a_run_asks_for_the_same_run(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["-c", recipe, "--output", str(tmp_path), "--search-lr", "0.25", "--round-to", "2"]
+    words += ["--budget", "macs=50%", "--budget", "attention=0.5,mlp=0.6", "--token-gate", "keys"]
+    job = asked_of_run(monkeypatch, [*words, "--ranking", "macs", "--no-fold", "--seed", "7"])
+    assert (job.stages["search"].lr, job.threshold["round_to"], job.fold) == (0.25, 2, False)
+    assert (job.mask["token_gate"], job.threshold["ranking"]) == ("keys", "macs")
+    assert job.budgets == ("macs=50%", "attention=0.5,mlp=0.6")
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(dict(job.given), sort_keys=False))
+    again = asked_of_run(monkeypatch, ["-c", str(tmp_path / "args.yaml")])
+    assert again == job
+    resumed = asked_of_run(monkeypatch, ["-c", str(tmp_path / "args.yaml"), "--resume"])
+    assert resumed.resume and not again.resume
+
+
+@pytest.mark.parametrize(("stage", "folder"), [("search", "search"), ("retrain", "slim/macs-70")])
+def test_a_stage_keeps_what_it_was_asked(run: Path, stage: str, folder: str) -> None:
+    path = run / folder / "args.yaml"
+    told = yaml.safe_load(path.read_text())
+    given = {"epochs": 1, "batch_size": 256, "device": "cpu"}
+    assert ask([str(path)], {}).stages(stage)[stage] == settings_for(stage, given)
+    assert set(told) & set(STAGES) == {stage}
+    assert told["output"] == str(run / folder)
+    assert told.get("model") == (str(run / "dense") if stage == "search" else None)
+
+
+def test_resuming_rewrites_args_yaml_but_a_refused_one_does_not(run: Path, capsys) -> None:
+    search, words = run / "search", ["search", str(run / "dense"), "--output", str(run / "search")]
+    before = (search / "args.yaml").read_text()
+    same = ["--epochs", "1", "--batch-size", "256", "--device", "cpu", "--resume", "auto"]
+    assert main([*words, *same, "--lr", "0.1"]) == 2
+    assert "lr was 0.0005 and is now 0.1" in capsys.readouterr().err
+    assert (search / "args.yaml").read_text() == before
+    # How the work is done may change, and is told as it is now.
+    assert main([*words, *same, "--workers", "1"]) == 0
+    assert yaml.safe_load((search / "args.yaml").read_text())["search"]["workers"] == 1
+    (search / "args.yaml").write_text(before)
+
+
+def test_a_search_forecasts_its_budgets(run: Path, tmp_path: Path) -> None:
+    words = [str(run / "dense"), "--epochs", "1", "--batch-size", "256", "--device", "cpu"]
+    words += ["--budget", "macs=80%", "--round-to", "1", "--no-fold", "--output"]
+    assert main(["search", *words, str(tmp_path / "out")]) == 0
+    rows = (tmp_path / "out/forecast.csv").read_text().splitlines()
+    assert len(rows) == 2 and rows[1].startswith("1,macs=80%,")
+
+
+@pytest.mark.parametrize("teacher", ["dense", "RUN/dense"])
+def test_retrain_finds_its_teacher(run: Path, tmp_path: Path, teacher: str) -> None:
+    plan = str(run / "search/plans/macs-70.json")
+    words = ["--epochs", "1", "--batch-size", "256", "--device", "cpu", "--output"]
+    words += [str(tmp_path / "out"), "--distill-loss-weight", "0.5", "--teacher"]
+    assert main(["retrain", str(run), plan, *words, teacher.replace("RUN", str(run))]) == 0
+
+
+def test_the_dense_model_is_found_beside_the_search_or_in_its_record(
+    run: Path, tmp_path: Path
+) -> None:
+    dense = vitslim.load(run / "dense").state_dict()
+
+    def same(model: torch.nn.Module) -> bool:
+        return all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
+
+    assert same(open_dense(run / "search"))
+    (tmp_path / "args.yaml").write_text((run / "search/args.yaml").read_text())
+    assert same(open_dense(tmp_path))
+    assert same(open_dense(tmp_path / "nothing", str(run / "dense")))
+    (tmp_path / "args.yaml").write_text("model: vit_tiny_patch16_224\n")
+    with pytest.raises(vitslim.VitslimError, match="name one with --dense"):
+        open_dense(tmp_path)
+
+
+def test_a_teacher_is_frozen_and_no_part_of_the_student(run: Path) -> None:
+    dense, cpu = vitslim.load(run / "dense"), torch.device("cpu")
+    teacher = open_teacher("dense", dense, cpu, 10)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in dense.parameters())
+    assert not {id(p) for p in dense.parameters()} & {id(p) for p in teacher.parameters()}
+    for name, given, classes, sentence in (
+        ("dense", None, 10, "there is none: give --dense"),
+        ("dense", dense, 7, "10 classes and the student 7"),
+        ("no_such_model", None, 10, "neither a folder nor a model"),
+        ("test_vit", dense, 10, "cannot make test_vit with its weights"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(vitslim.VitslimError) as raised:
+            patch.setattr("timm.create_model", _offline)
+            open_teacher(name, given, cpu, classes)
+        assert sentence in str(raised.value)
+    assert open_teacher("dense", dense, cpu, None) is not dense
+
+
+def _offline(name: str, pretrained: bool = False, **kwargs: object) -> None:
+    raise OSError("the hub cannot be reached.\nCheck the connection.")
+
+
+def test_a_run_that_was_asked_to_stop_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def stop(given: object) -> None:
+        raise Stopped("stopped; go on with\n  vitslim run --resume auto")
+
+    monkeypatch.setitem(VERBS, "info", stop)
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == "stopped; go on with\n  vitslim run --resume auto\n"
+    # Of many processes one tells.
+    monkeypatch.setenv("RANK", "1")
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_that_is_no_users_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(given: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(VERBS, "info", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["info"])
+
+
+def test_eval_takes_its_model_and_its_data_from_a_recipe(run: Path, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "r.yaml"
+    config.write_text(f"model: {run}/dense\ndata: folder:/nowhere\nsearch: {{epochs: 3}}\n")
+    assert main(["eval", "-c", str(config)]) == 2
+    assert "no image folder /nowhere" in capsys.readouterr().err
+    assert main(["eval", "-c", str(config), "--data", "digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == f"{run}/dense"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +347,16 @@ def test_unknown_yaml_keys_are_refused_by_name(tmp_path: Path, capsys) -> None:
         ("run --budget macs=60% --output OUT --data folder:/nowhere", "--model is needed"),
         ("search no_such_model --output OUT", "neither a folder nor a model"),
         ("search RUN/dense --output OUT --opt nonsense --batch-size 64", "optimiser 'nonsense'"),
+        ("search --output OUT", "MODEL is needed"),
+        ("search RUN/dense --output RUN", "is the folder of a whole run"),
+        ("search RUN/dense --output OUT --resume maybe", "invalid choice: 'maybe'"),
+        ("search RUN/dense --output OUT --l1-per head", "invalid choice: 'head'"),
+        ("search RUN/dense --output OUT --teacher dense", "needs --distill-loss-weight"),
+        ("search RUN/dense --output OUT --budget speed=2", "cannot read the budget"),
+        ("run -c deit_smal --output OUT", "neither a file nor one of deit_base, deit_small"),
+        ("run -c swin_tiny --output OUT", "a SwinTransformer cannot be masked"),
+        ("search -c swin_tiny --output OUT", "a SwinTransformer cannot be masked"),
+        ("run -c deit_small --no-pretrained --output OUT", "no image folder imagenet"),
         ("search RUN/dense --output OUT --sched odd --batch-size 64", "schedule 'odd'"),
         ("search RUN/dense --output RUN/search", "holds an earlier run: add --resume"),
         ("search RUN/dense --output OUT --mixup 0.2 --batch-size 63", "even batch size"),
@@ -200,7 +368,11 @@ def test_unknown_yaml_keys_are_refused_by_name(tmp_path: Path, capsys) -> None:
         ("retrain RUN RUN/search/config.json --output OUT", "lan"),
         (
             "retrain RUN RUN/search/plans/macs-70.json --output OUT --distill-loss-weight 1",
-            "teacher",
+            "needs --teacher",
+        ),
+        (
+            "retrain RUN RUN/search/plans/macs-70.json --output OUT --dense RUN/dense",
+            "--dense tells what --teacher dense means",
         ),
         ("eval RUN/dense --data folder:/nowhere", "no image folder /nowhere"),
         ("cost RUN/nothing", "neither a folder nor a model"),

@@ -44,8 +44,10 @@ def test_top_level_is_exactly_vitslim(wheel):
 
 def test_the_rooms_are_in_it(wheel):
     there = set(names(wheel))
-    for path in [*(ROOT / "vitslim").rglob("*.py"), *(ROOT / "vitslim").rglob("*.html")]:
-        assert path.relative_to(ROOT).as_posix() in there
+    for suffix in ("py", "html", "yaml"):
+        for path in (ROOT / "vitslim").rglob(f"*.{suffix}"):
+            assert path.relative_to(ROOT).as_posix() in there
+    assert "vitslim/recipes/deit_small.yaml" in there
     assert "vitslim/triton_kernels/__init__.py" in there
     assert not any(name.startswith(("tests", "benchmarks")) for name in there)
 

@@ -139,6 +139,103 @@ def check_parity(name, seed):
     assert not mask_parameters(slim)
 
 
+class RemovedKeys(Removed):
+    """The same where gates act on the keys."""
+
+    def forward(self, x):
+        x = x[:, self.rows[0]]
+        bias = self.block.tokens.key_bias()[self.rows[1]].expand(x.shape[1], -1)
+        x = x + self.block.ls1(self.block.attn(self.block.norm1(x), attn_mask=bias))
+        return x + self.block.ls2(self.block.mlp(self.block.norm2(x)))
+
+
+def closed(masked, plan):
+    """The masked model with the gates of dropped tokens at zero, and nothing removed."""
+    model = copy.deepcopy(masked)
+    for block, keep in zip(model.blocks, plan.blocks, strict=True):
+        gone = torch.ones_like(block.tokens.raw, dtype=torch.bool)
+        gone[keep.tokens] = False
+        block.tokens.raw.data[gone] = 0.0
+    return model
+
+
+CLASS_TOKEN = ["ViT", "DeiT", "DeiT distilled", "DeiT-III", "pre-norm", "wide image"]
+
+
+@pytest.mark.parametrize("name", CLASS_TOKEN)
+def test_the_limit_of_gates_on_keys_is_removal(name, monkeypatch):
+    masked = randomised(make(name, torch.float64), token_gate="keys")
+    plan = random_plan(masked, 3)
+    for keep in plan.blocks:
+        keep.heads[:] = [list(range(8)) for _ in keep.heads]
+        keep.hidden[:] = range(96)
+    monkeypatch.setitem(globals(), "Removed", RemovedKeys)
+    removed, x = with_units_at_zero(masked, plan), images(masked)
+    torch.testing.assert_close(closed(masked, plan)(x), removed(x), atol=1e-10, rtol=1e-10)
+    assert not torch.allclose(masked(x), removed(x))
+
+
+@pytest.mark.parametrize("name", CLASS_TOKEN)
+def test_closed_gates_on_keys_lose_nothing_when_slim(name):
+    masked = randomised(make(name, torch.float64), token_start="one", token_gate="keys")
+    for block in masked.blocks:
+        block.tokens.raw.data.fill_(3.0)  # what is kept is open
+    plan = vitslim.threshold(masked, {"token": 1.0}, round_to=1)
+    for block, keep in zip(plan.blocks, random_plan(masked, 3).blocks, strict=True):
+        block.tokens[:] = keep.tokens
+    slim, x = vitslim.slim(masked, plan), images(masked)
+    torch.testing.assert_close(slim(x), closed(masked, plan)(x), atol=1e-10, rtol=1e-10)
+
+
+def test_slimming_forgets_the_bias_of_kept_keys():
+    masked = randomised(make(), token_gate="keys")
+    slim = vitslim.slim(masked, vitslim.threshold(masked, {"token": 0.5}, round_to=1))
+    assert all((block.tokens.gate == 1).all() for block in slim.blocks)
+    assert slim(images(slim)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("start", ["one", "paper"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gates_on_keys_start_where_the_dense_model_is(name, start):
+    model = make(name)
+    masked = vitslim.mask(model, token_start=start, token_gate="keys")
+    x = images(model)
+    error = (masked(x) - model(x)).abs().max() / model(x).abs().max().clamp(min=1)
+    assert error <= (1e-6 if start == "one" else 1e-2)
+    assert (error > 1e-7) == (start == "paper" and model.num_prefix_tokens > 0)
+    assert type(masked.blocks[0].norm1) is type(model.blocks[0].norm1)
+
+
+def test_gates_on_keys_survive_a_round_trip(tmp_path):
+    masked = randomised(make("DeiT"), token_start="one", token_gate="keys")
+    vitslim.save(masked, tmp_path)
+    again, x = vitslim.load(tmp_path).eval(), images(masked)
+    assert torch.equal(again(x), masked(x))
+    assert again.mask_args == masked.mask_args
+    assert again.blocks[0].tokens.place == "keys"
+    assert vitslim.threshold(again, "macs=60%") == vitslim.threshold(masked, "macs=60%")
+
+
+def test_gates_on_keys_train_compiled_and_in_bfloat16():
+    masked = randomised(make("DeiT", depth=2), token_gate="keys").train()
+    raws = [block.tokens.raw for block in masked.blocks]
+    x = images(masked)
+    torch.compiler.reset()
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(masked(x).square().sum(), raws)
+    for grad, wanted in zip(
+        torch.autograd.grad(compiled(x).square().sum(), raws), expected, strict=True
+    ):
+        torch.testing.assert_close(grad, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = masked(x)
+    for grad, wanted in zip(
+        torch.autograd.grad(out.float().square().sum(), raws), expected, strict=True
+    ):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+
+
 def test_without_folding_the_masks_are_forgotten():
     model = make(dtype=torch.float64)
     masked = randomised(model)
@@ -311,6 +408,8 @@ def test_plans_of_other_models_are_refused():
         vitslim.slim(vitslim.slim(masked, plan), plan)
     with pytest.raises(vitslim.VitslimError, match="no kind of mask is called 'heads'"):
         vitslim.mask(make(), kinds=("heads",))
+    with pytest.raises(vitslim.VitslimError, match="no token gate is called 'values'"):
+        vitslim.mask(make(), token_gate="values")
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "triton"])

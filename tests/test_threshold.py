@@ -7,7 +7,9 @@ import timm
 import torch
 
 import vitslim
+from vitslim.cost import Geometry
 from vitslim.masks import Masks, mask_parameters
+from vitslim.workflow.ranking import Ranking
 from vitslim.workflow.threshold import budget_name, parse_budget, threshold
 
 
@@ -138,6 +140,113 @@ def test_params_and_macs_are_met_within_a_percent(tiny, budget, round_to):
     for block in plan.blocks:
         assert all(width % round_to == 0 or width == 64 for width in block.head_dims)
         assert len(block.hidden) % round_to == 0
+
+
+@pytest.fixture(scope="module")
+def on_meta():
+    """DeiT-T without weights, and masks for it: attention is worth most, tokens least."""
+    torch.manual_seed(0)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model("deit_tiny_patch16_224")
+    except RuntimeError as error:
+        pytest.skip(f"this timm cannot build on the meta device: {error}")
+    columns = [(2 * torch.rand(3, 64), torch.rand(768), 0.8 + 0.2 * torch.rand(196))] * 12
+    scales = torch.rand(12, 1) + 0.5
+    attention, mlp, token = zip(*columns, strict=True)
+    return model, Masks(
+        [each * scale for each, scale in zip(attention, scales, strict=True)],
+        [each * scale for each, scale in zip(mlp, scales, strict=True)],
+        list(token),
+    )
+
+
+@pytest.mark.parametrize(
+    "budget", ["macs=60%", "macs=30%", "params=70%", "macs=60%,token=0.8", "params=4M,macs=60%"]
+)
+@pytest.mark.parametrize("round_to", [1, 8, 16])
+def test_one_ranking_per_mac_meets_budgets_within_a_percent(on_meta, budget, round_to):
+    model, masks = on_meta
+    dense = vitslim.cost(model)._asdict()
+    plan = threshold(model, budget, masks=masks, round_to=round_to, ranking="macs")
+    limits = {"macs=60%": 0.6 * dense["macs"], "macs=30%": 0.3 * dense["macs"]}
+    limits |= {"params=70%": 0.7 * dense["params"], "params=4M": 4e6}
+    parts = {p: limits[p] for p in budget.split(",") if p in limits}
+    used = [plan.reached[p.split("=")[0]] / limit for p, limit in parts.items()]
+    assert 0.99 <= max(used) <= 1
+    for before, after in zip(plan.blocks, plan.blocks[1:], strict=False):
+        assert set(before.tokens) >= set(after.tokens)
+    if "token" in budget:
+        assert sum(len(block.tokens) for block in plan.blocks) == round(0.8 * 12 * 196)
+    if budget == "params=70%":
+        assert all(len(block.tokens) == 196 for block in plan.blocks)
+    # It is another plan than equal fractions give.
+    equal = threshold(model, budget, masks=masks, round_to=round_to)
+    assert plan.blocks != equal.blocks
+
+
+def test_one_ranking_keeps_what_is_worth_most_per_mac(on_meta):
+    model, masks = on_meta
+    plan = threshold(model, "macs=60%", masks=masks, round_to=1, ranking="macs")
+    embed, dims, hidden, tokens = 192, 192, 768, 197
+    macs = {
+        "attention": tokens * (4 * embed + 2 * tokens),
+        "mlp": tokens * 2 * embed,
+        "token": embed * (4 * dims + 2 * hidden) + 2 * tokens * dims,
+    }
+    # Every unit: its worth, and whether it stays.
+    lowest = torch.stack(masks.token).cummin(0).values
+    units = []
+    for layer, block in enumerate(plan.blocks):
+        for head, kept in enumerate(block.heads):
+            scores = masks.attention[layer][head].double() / macs["attention"]
+            units += [(float(s), unit in kept, "attention") for unit, s in enumerate(scores)]
+        scores = masks.mlp[layer].double() / macs["mlp"]
+        units += [(float(s), unit in block.hidden, "mlp") for unit, s in enumerate(scores)]
+        scores = lowest[layer].double() / macs["token"]
+        units += [(float(s), unit in block.tokens, "token") for unit, s in enumerate(scores)]
+    assert {kind for _, kept, kind in units if not kept} == set(macs)
+    first_gone = max(score for score, kept, _ in units if not kept)
+    # After the beginning that fits, less than one unit's room is left to smaller ones.
+    out_of_order = [macs[kind] for score, kept, kind in units if kept and score < first_gone]
+    floors = 3 * 12  # the best of every layer stays whatever its worth
+    assert sum(sorted(out_of_order)[:-floors]) <= max(macs.values())
+
+
+def test_one_ranking_without_a_limit_or_with_all_fractions_changes_nothing(on_meta):
+    model, masks = on_meta
+    for budget in ({"mlp": 0.5}, {"attention": 0.5, "mlp": 0.5, "token": 0.5}):
+        plans = [threshold(model, budget, masks=masks, ranking=r) for r in ("fractions", "macs")]
+        assert plans[0] == plans[1]
+
+
+def test_one_ranking_begins_with_the_floors(on_meta):
+    model, masks = on_meta
+    ranking = Ranking(masks, Geometry.of(model), 1, "running-min", 5, "macs")
+    kinds = ("attention", "mlp", "token")
+    assert ranking.best(kinds, 3 * 5 * 12) == dict.fromkeys(kinds, 5 * 12)
+
+
+@pytest.mark.parametrize("granularity", ["uniform", "head"])
+def test_one_ranking_of_coarse_granularities(granularity):
+    model = small(granularity, kinds=("attention", "mlp"))
+    dims = {"uniform": 3, "head": 8}[granularity]
+    tokens, embed = 17, 24
+    for name, parameter in mask_parameters(model):
+        worth = 0.5 * dims * (4 * embed + 2 * tokens) if "attn" in name else 2 * embed
+        torch.nn.init.constant_(parameter, worth * tokens)
+    # Per MAC a hidden unit is worth twice a value of an attention mask, though it is smaller.
+    plan = threshold(model, "macs=90%", round_to=1, ranking="macs")
+    assert [len(block.hidden) for block in plan.blocks] == [96] * 3
+    assert sum(map(sum, (block.head_dims for block in plan.blocks))) < 3 * 24
+    model = small(granularity)
+    plan = threshold(model, "macs=60%", round_to=1, ranking="macs")
+    dense = vitslim.cost(model).macs
+    assert 0.55 <= plan.reached["macs"] / dense <= 0.6
+    with pytest.raises(vitslim.VitslimError, match="no ranking is called 'flops'"):
+        threshold(model, "macs=60%", ranking="flops")
+    with pytest.raises(vitslim.VitslimError, match="out of reach"):
+        threshold(model, "macs=0.1%", ranking="macs")
 
 
 @pytest.mark.parametrize("round_to", [4, 8])

@@ -1,14 +1,17 @@
 """The `vitslim` command: parses, delegates, prints. What it delegates to does the work."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
-from .cli_verbs import build_parser
+from .cli_training import asked_by, model_of, retrain_verb, run_verb, search_folder, search_verb
+from .cli_verbs import EVAL, EVAL_BATCH_SIZE, build_parser
 from .errors import VitslimError
+from .workflow.choices import PLANNING
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -22,48 +25,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vitslim: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vitslim: interrupted; --resume goes on from the last epoch", file=sys.stderr)
+        # Training itself finishes its update and saves; this is the time before and after it.
+        print("vitslim: interrupted; --resume goes on with what was saved", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _stopped(error):
+            raise
+        # Under torchrun every process stops, and one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(error)
     return 0
 
 
-def _run(given: dict[str, Any]) -> None:
-    from .workflow.run import Job, run
-    from .workflow.settings import STAGES, settings_for
-
-    record = {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()}
-    output, resume = Path(_need(given, "output")), given.pop("resume", False)
-    record.pop("resume", None)
-    budgets = tuple(_need(given, "budget"))
-    mask, threshold = _part(given, MASK), _part(given, THRESHOLD)
-    fold, pretrained = given.pop("fold", True), given.pop("pretrained", False)
-    kwargs = given.pop("model_kwargs", {})
-    digits = given.get("data", "digits") == "digits"
-    model = given.pop("model", "digits" if digits else None)
-    if model is None:
-        raise VitslimError("--model is needed: a timm name or a saved folder.")
-    if digits:
-        threshold = {"round_to": 4} | threshold
-    stages = {stage: settings_for(stage, _of_stage(given, stage)) for stage in STAGES}
-    job = Job(
-        output, budgets, stages, model, pretrained, kwargs, mask, threshold, fold, resume, record
-    )
-    run(job)
-
-
-def _search(given: dict[str, Any]) -> None:
-    from .workflow.models import open_model
-    from .workflow.search import search
-    from .workflow.settings import settings_for
-    from .workflow.world import open_world, seed_everything
-
-    name, output, mask = given.pop("model"), Path(_need(given, "output")), _part(given, MASK)
-    resume = given.pop("resume", False)
-    options = _part(given, ("pretrained", "model_kwargs"))
-    settings = settings_for("search", given)
-    world = open_world(settings.device)
-    seed_everything(settings.seed, 0)
-    search(open_model(name, **options), settings, output, world, **mask, resume=resume, base=name)
+def _stopped(error: Exception) -> bool:
+    """Whether training was asked to end early and did; what says so is loaded only with it."""
+    module = sys.modules.get("vitslim.workflow.interrupt")
+    return module is not None and isinstance(error, module.Stopped)
 
 
 def _threshold(given: dict[str, Any]) -> None:
@@ -73,9 +50,9 @@ def _threshold(given: dict[str, Any]) -> None:
     from .workflow.models import meta_model
     from .workflow.threshold import budget_name, parse_budget
 
-    folder = _search_folder(given["search"])
+    folder = search_folder(given["search"])
     budgets = [parse_budget(text) for text in _need(given, "budget")]
-    output, options = Path(given.get("output", folder / "plans")), _part(given, THRESHOLD)
+    output, options = Path(given.get("output", folder / "plans")), _part(given, PLANNING)
     masks = Masks.load(folder / "masks.safetensors")
     timed = any("latency" in budget for budget in budgets)
     model = load(folder) if timed else meta_model(str(folder))
@@ -93,49 +70,24 @@ def _threshold(given: dict[str, Any]) -> None:
         print(json.dumps(done))
 
 
-def _retrain(given: dict[str, Any]) -> None:
-    from .checkpoint import load
-    from .workflow.models import open_plan
-    from .workflow.retrain import retrain
-    from .workflow.settings import settings_for
-    from .workflow.world import open_world
-
-    masked, plan = load(_search_folder(given.pop("search"))), open_plan(given.pop("plan"))
-    output, resume = Path(_need(given, "output")), given.pop("resume", False)
-    fold, teacher = given.pop("fold", True), given.pop("teacher", None)
-    settings = settings_for("retrain", given)
-    if settings.distill_loss_weight and teacher is None:
-        raise VitslimError("--distill-loss-weight needs --teacher, the dense model to imitate.")
-    world = open_world(settings.device)
-    result = retrain(
-        masked,
-        plan,
-        settings,
-        output,
-        world,
-        fold=fold,
-        teacher=None if teacher is None else load(teacher),
-        resume=resume,
-    )
-    if world.primary:
-        print(f"{output}: accuracy {result['retrained']['accuracy']:.2f} %")
-
-
 def _eval(given: dict[str, Any]) -> None:
     from .workflow.data import open_data
+    from .workflow.evaluate import evaluate
     from .workflow.models import open_model, packed_for
     from .workflow.settings import settings_for
-    from .workflow.train import evaluate
     from .workflow.world import open_world
 
-    name, as_json = given.pop("model"), given.pop("json", False)
-    options, weights = _part(given, ("pretrained", "model_kwargs")), _packing(given)
-    settings = settings_for("dense", {"batch_size": 64, **given})
+    as_json, weights = given.pop("json", False), _packing(given)
+    asked = asked_by(given)
+    choices, chosen = asked.choices, asked.chosen["dense"]
+    name = model_of(choices)
+    chosen = {option: value for option, value in chosen.items() if option in EVAL}
+    settings = settings_for("dense", {"batch_size": EVAL_BATCH_SIZE, **chosen})
     world = open_world(settings.device)
-    model = open_model(name, **options).to(world.device)
+    model = open_model(name, choices.pretrained, choices.model_kwargs).to(world.device)
     if weights is not None:
         model = packed_for(model, world.device, weights)
-    accuracy = evaluate(model, open_data(settings, model, world), world, settings.amp)
+    accuracy = evaluate(model, open_data(settings, model, world), world, settings)
     if world.primary:
         facts = {"model": name, "data": settings.data, "accuracy": accuracy}
         print(json.dumps(facts) if as_json else f"{name}: accuracy {accuracy:.2f} %")
@@ -226,10 +178,10 @@ def _info(given: dict[str, Any]) -> None:
 
 
 VERBS = {
-    "run": _run,
-    "search": _search,
+    "run": run_verb,
+    "search": search_verb,
     "threshold": _threshold,
-    "retrain": _retrain,
+    "retrain": retrain_verb,
     "eval": _eval,
     "cost": _cost,
     "export": _export,
@@ -237,8 +189,6 @@ VERBS = {
     "report": _report,
     "info": _info,
 }
-MASK = ("granularity", "kinds", "token_start", "skip")
-THRESHOLD = ("round_to", "token_rule", "floor")
 
 
 def _need(given: dict[str, Any], name: str) -> Any:
@@ -258,27 +208,6 @@ def _packing(given: dict[str, Any]) -> str | None:
     if weights is not None and not wanted:
         raise VitslimError("--pack-weights needs --pack.")
     return (weights or "float32") if wanted else None
-
-
-def _of_stage(given: dict[str, Any], stage: str) -> dict[str, Any]:
-    """Picks the settings of one stage: those for all stages, then those for it alone."""
-    from .workflow.settings import STAGES, belongs
-
-    prefixes = tuple(f"{each}_" for each in STAGES)
-    shared = {
-        name: value
-        for name, value in given.items()
-        if not name.startswith(prefixes) and belongs(name, stage)
-    }
-    own = {n[len(stage) + 1 :]: v for n, v in given.items() if n.startswith(f"{stage}_")}
-    return {**shared, **own}
-
-
-def _search_folder(name: str) -> Path:
-    """Accepts a search's folder or the run folder around it."""
-    folder = Path(name)
-    inner = folder / "search"
-    return inner if (inner / "masks.safetensors").exists() else folder
 
 
 def _figures(params: float, macs: float) -> str:

@@ -1,18 +1,18 @@
-"""The options that verbs share, made from the settings, and the YAML file that can hold them."""
+"""The options that verbs share, made from the fields of `Choices` and `Settings`."""
 
 import argparse
 import ast
 import dataclasses
-import typing
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import VitslimError
-from .workflow.settings import DIGITS, PAPER, STAGES, Settings, belongs
-
-BUDGET_HELP = (
-    "macs=60%%, params=12M, latency=60%%, or attention=0.7,mlp=0.7,token=0.8; may be repeated"
-)
+from .workflow.choices import FIELDS as CHOICES
+from .workflow.choices import MASK, PLANNING
+from .workflow.options import STAGES, kind_of
+from .workflow.recipes import open_recipe, shipped
+from .workflow.settings import FIELDS as SETTINGS
+from .workflow.settings import GROUPS, OF_THE_RUN, belongs, defaults
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -33,76 +33,10 @@ class Parser(argparse.ArgumentParser):
         """Raises instead of exiting, so that all errors are told in one place."""
         raise VitslimError(f"{message} (see {self.prog} --help)")
 
-
-def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
-    """Parses a command line; a YAML file of `-c` stands under the flags.
-
-    Args:
-        parser: Of `vitslim`, with its verbs.
-        arguments: The words after `vitslim`.
-
-    Returns:
-        The verb and every option that was given, by name.
-    """
-    given = vars(parser.parse_args(arguments))
-    if "config" in given:
-        words = _from_yaml(parser, given, Path(given["config"]))
-        # Flags come first and what they say is left out of the file, so they win.
-        given = vars(parser.parse_args([*arguments, *words]))
-        del given["config"]
-    return given
-
-
-def _from_yaml(parser: Parser, given: dict[str, Any], path: Path) -> list[str]:
-    """Reads options from YAML as words, so that the parser checks them as it checks flags."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise VitslimError(f"Cannot read {path}: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise VitslimError(f"{path} must hold options by name, such as `epochs: 10`.")
-    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    verb = verbs.choices[given["verb"]]
-    actions = {a.dest: a for a in verb._actions if a.option_strings and a.dest != "help"}
-    content = {str(key).replace("-", "_"): value for key, value in content.items()}
-    unknown = sorted(set(content) - (set(actions) - {"config"}))
-    if unknown:
-        raise VitslimError(
-            f"{path} names options that {given['verb']} does not have: {', '.join(unknown)}."
-        )
-    return [
-        word
-        for name, value in content.items()
-        if name not in given
-        for word in _words(actions[name], value)
-    ]
-
-
-def _words(action: argparse.Action, value: Any) -> list[str]:
-    """Writes a YAML value as the words of a command line."""
-    option = action.option_strings[0]
-    if isinstance(value, bool):
-        on_off = isinstance(action, argparse.BooleanOptionalAction)
-        return [option] if value else list(action.option_strings[-1:]) if on_off else []
-    if isinstance(value, dict):
-        return [option, *(f"{key}={each!r}" for key, each in value.items())]
-    if isinstance(action, argparse._AppendAction):
-        values = value if isinstance(value, list) else [value]
-        return [word for each in values for word in (option, str(each))]
-    values = value if isinstance(value, list) else [value]
-    return [option, *("none" if each is None else str(each) for each in values)]
-
-
-def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="+",
-        action=_KeyValues,
-        metavar="NAME=VALUE",
-        help="timm's arguments for the model, e.g. img_size=32 patch_size=4 num_classes=10",
-    )
+    def group(self, title: str) -> Any:
+        """Returns the group of options of that title, which is made when first asked for."""
+        found = (group for group in self._action_groups if group.title == title)
+        return next(found, None) or self.add_argument_group(title)
 
 
 class _KeyValues(argparse.Action):
@@ -127,51 +61,147 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def add_settings(parser: argparse.ArgumentParser, stage: str) -> None:
-    """Adds the settings of one stage, each with its default."""
-    group = parser.add_argument_group("training options, named as in timm")
-    for field in dataclasses.fields(Settings):
-        if belongs(field.name, stage):
-            usual = PAPER[stage].get(field.name, field.default)
-            digits = DIGITS[stage].get(field.name, usual)
-            default = _shown(usual) + (f"; digits {_shown(digits)}" if digits != usual else "")
-            add_setting(group, field, "", f"{field.metadata['help']} [{default}]")
+def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
+    """Returns the verb and every option that was given, by name."""
+    return vars(parser.parse_args(arguments))
 
 
-def add_settings_of_run(parser: argparse.ArgumentParser) -> None:
-    """Adds the settings of all stages, and hidden ones for a single stage: --search-opt."""
-    group = parser.add_argument_group(
-        "training options, named as in timm",
-        "They hold for every stage; --dense-X, --search-X and --retrain-X set X for one stage."
-        "\n  Defaults are those of `vitslim search` and `vitslim retrain`.",
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        metavar="RECIPE",
+        help=f"options from a recipe of vitslim ({', '.join(shipped())}) or from a YAML file, such "
+        "as the args.yaml of a run; may be repeated, later ones win, and flags over all",
     )
-    for field in dataclasses.fields(Settings):
-        if field.name not in ("epochs", "lr"):
-            add_setting(group, field, "", field.metadata["help"])
-    for stage in STAGES:
-        for field in dataclasses.fields(Settings):
-            if field.name not in ("data", "data_dir", "device", "seed") and belongs(
-                field.name, stage
-            ):
-                shown = field.name in ("epochs", "lr")
-                text = f"{stage}: {field.metadata['help']}" if shown else argparse.SUPPRESS
-                add_setting(group, field, f"{stage}_", text)
 
 
-def add_setting(group: Any, field: "dataclasses.Field[Any]", prefix: str, text: str) -> None:
+def add_choices(group: Any, names: Iterable[str], **defaults: str) -> None:
+    """Adds choices of a run, each with its default.
+
+    Args:
+        group: A parser or a group of one.
+        names: Of the choices.
+        **defaults: What the help says instead, by name.
+    """
+    for name in names:
+        field = CHOICES[name]
+        value = [] if field.default is dataclasses.MISSING else field.default
+        shown = defaults.get(name) or _shown(value)
+        add_option(group, field, "", f"{field.metadata['help']} [{shown}]")
+
+
+def add_budget(parser: argparse.ArgumentParser, what: str = "") -> None:
+    text = what + CHOICES["budget"].metadata["help"].replace("%", "%%")
+    parser.add_argument("--budget", action="append", metavar="BUDGET", help=text)
+
+
+def add_masks(parser: Parser) -> None:
+    add_choices(parser.group("masks"), MASK)
+
+
+def add_planning(parser: Parser, training: bool = True) -> None:
+    """Adds how plans are made; a verb that trains knows the data, whose recipe may say it."""
+    usual = str(CHOICES["round_to"].default)
+    if training:
+        usual += f"; digits {open_recipe('digits')['round_to']}"
+    add_choices(parser.group("threshold"), PLANNING, round_to=usual)
+
+
+def add_settings(parser: Parser, stage: str) -> None:
+    """Adds the settings of one stage, each with its default."""
+    for name, title in _grouped():
+        if belongs(name, stage):
+            add_option(parser.group(title), SETTINGS[name], "", _help(name, (stage,)))
+
+
+def add_settings_of_run(parser: Parser) -> None:
+    """Adds the settings of all stages, and hidden ones for a single stage: --search-opt."""
+    for name, title in _grouped():
+        field, group = SETTINGS[name], parser.group(title)
+        stages = tuple(stage for stage in STAGES if belongs(name, stage))
+        # A rate or a number of epochs that is right for one stage is wrong for another.
+        apart = name in ("epochs", "lr")
+        if not apart:
+            add_option(group, field, "", _help(name, stages))
+        for stage in stages if name not in OF_THE_RUN else ():
+            text = f"{stage}: {_help(name, (stage,))}" if apart else argparse.SUPPRESS
+            add_option(group, field, f"{stage}_", text)
+
+
+def add_some_settings(parser: Parser, names: Iterable[str], **given: Any) -> None:
+    """Adds a few settings to a verb that trains nothing.
+
+    Args:
+        parser: Of the verb.
+        names: Of the settings.
+        **given: Defaults of the verb, where they are its own.
+    """
+    for name in names:
+        text = SETTINGS[name].metadata["help"]
+        shown = f"{text} [{_shown(given[name])}]" if name in given else _help(name, ("dense",))
+        add_option(parser, SETTINGS[name], "", shown)
+
+
+def add_option(group: Any, field: "dataclasses.Field[Any]", prefix: str, text: str) -> None:
+    """Adds the option of a field; `--no-x` too, where it is on or off."""
     option = "--" + (prefix + field.name).replace("_", "-")
-    if field.type is bool:
+    kind, optional = kind_of(field)
+    text = text.replace("%", "%%")
+    if kind is bool:
         on_off = "store_true" if "no-" in option else argparse.BooleanOptionalAction
         group.add_argument(option, action=on_off, help=text)
         return
-    kinds = typing.get_args(field.type)
-    kind = next((k for k in kinds if k is not type(None)), field.type)
-    if type(None) in kinds:
-        kind = _or_none(kind)
-    pair = {"nargs": 2} if field.type == tuple[float, float] else {}
-    metavar = field.name.rsplit("_", 1)[-1].upper()
-    metavars = (metavar, metavar) if pair else metavar
-    group.add_argument(option, type=kind, help=text.replace("%", "%%"), metavar=metavars, **pair)
+    metavar = {int: "N", float: "X"}.get(kind, field.name.rsplit("_", 1)[-1].upper())
+    more: dict[str, Any] = {"metavar": metavar}
+    if kind == tuple[float, float]:
+        more = {"type": float, "nargs": 2, "metavar": ("X", "X")}
+    elif kind == tuple[str, ...]:
+        more = {"nargs": "+", "metavar": "PART"}
+    elif kind == Mapping[str, Any]:
+        more = {"nargs": "+", "action": _KeyValues, "metavar": "NAME=VALUE"}
+    else:
+        more["type"] = _or_none(kind) if optional else kind
+    if choices := field.metadata["choices"]:
+        more |= {"choices": choices, "metavar": None}
+    group.add_argument(option, help=text, **more)
+
+
+def _grouped() -> Iterable[tuple[str, str]]:
+    """Yields the settings with the titles of their groups, in order."""
+    title = ""
+    for name in SETTINGS:
+        title = GROUPS.get(name, title)
+        yield name, title
+
+
+def _help(name: str, stages: tuple[str, ...]) -> str:
+    """Tells what a setting is and its default; for several stages, where these differ too."""
+    field = SETTINGS[name]
+    usual, digits = (
+        {stage: defaults(stage, data).get(name, field.default) for stage in stages}
+        for data in ("", "digits")
+    )
+    shown = _by_stage(usual) + (f"; digits {_by_stage(digits)}" if digits != usual else "")
+    return f"{field.metadata['help']} [{shown}]"
+
+
+def _by_stage(values: Mapping[str, Any]) -> str:
+    """Shows one value for all stages: that of the last one, then those that differ from it."""
+    last = list(values.values())[-1]
+    others = [f"{stage} {_shown(value)}" for stage, value in values.items() if value != last]
+    return ", ".join([_shown(last), *others])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple | list):
+        return (
+            " ".join(each if isinstance(each, str) else f"{each:.3g}" for each in value) or "none"
+        )
+    return "none" if value is None else str(value)
 
 
 def _or_none(kind: Any) -> Any:
@@ -182,67 +212,25 @@ def _or_none(kind: Any) -> Any:
     return convert
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(f"{each:.3g}" for each in value)
-    return (
-        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-
-
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--output", metavar="DIR", help=what)
-    parser.add_argument("--resume", action="store_true", help="go on with what is in --output")
-
-
-def add_masks(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("masks")
-    group.add_argument(
-        "--granularity",
-        choices=("head_dim", "uniform", "head"),
-        help="one value per head and dimension, per dimension, or per head [head_dim]",
-    )
-    group.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=("attention", "mlp", "token"),
-        help="what may be cut [all three]",
-    )
-    group.add_argument(
-        "--token-start",
-        choices=("paper", "one"),
-        help="token gates start at tanh(3), as in the paper, or at 1 [paper]",
-    )
-    group.add_argument(
-        "--skip", nargs="+", metavar="PART", help="parts to leave alone, e.g. blocks.0 blocks.*.mlp"
-    )
-
-
-def add_planning(parser: argparse.ArgumentParser, round_to: str = "8") -> None:
-    group = parser.add_argument_group("threshold")
-    group.add_argument(
-        "--round-to",
-        type=int,
-        metavar="N",
-        help=f"widths are multiples of N; 1 is exact [{round_to}]",
-    )
-    group.add_argument(
-        "--token-rule",
-        choices=("running-min", "any-deeper"),
-        help="a token dropped in a layer is dropped in later ones, as in the paper, "
-        "or stays while a deeper layer keeps it [running-min]",
-    )
-    group.add_argument(
-        "--floor", type=int, metavar="N", help="units that every layer keeps at least [1]"
-    )
-
-
-def add_fold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        help="multiply what the masks learned into the weights [yes]",
+        "--resume",
+        nargs="?",
+        const="auto",
+        choices=("auto",),
+        help="go on with what is in --output, or start if nothing is there",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"{CHOICES['model'].metadata['help']}; a recipe can name it too",
+    )
+    add_choices(parser, ("pretrained", "model_kwargs"))
 
 
 def add_pack(parser: argparse.ArgumentParser, what: str) -> None:
@@ -256,11 +244,3 @@ def add_pack(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a timm name or a saved folder")
-    parser.add_argument(
-        "--pretrained", action=argparse.BooleanOptionalAction, help="let timm load its weights [no]"
-    )
-    add_model_kwargs(parser)

@@ -1,26 +1,31 @@
 """What each verb of the command line takes."""
 
 import argparse
-import dataclasses
 import textwrap
 from typing import Any
 
 from .cli_options import (
-    BUDGET_HELP,
     Parser,
-    add_fold,
+    add_budget,
+    add_choices,
+    add_config,
     add_json,
     add_masks,
     add_model,
-    add_model_kwargs,
     add_output,
     add_pack,
     add_planning,
-    add_setting,
     add_settings,
     add_settings_of_run,
+    add_some_settings,
 )
-from .workflow.settings import Settings
+
+# What `vitslim eval` takes of the settings, and of a recipe.
+EVAL = (
+    *("data", "data_dir", "train_split", "val_split", "train_num_samples", "val_num_samples"),
+    *("bad_images", "batch_size", "crop_pct", "workers", "device", "amp", "amp_dtype"),
+)
+EVAL_BATCH_SIZE = 64
 
 
 def build_parser() -> Parser:
@@ -39,17 +44,23 @@ def build_parser() -> Parser:
 
 
 def _verb(
-    verbs: Any, name: str, usage: str, what: str, example: str, config: bool = False
+    verbs: Any,
+    name: str,
+    usage: str,
+    what: str,
+    example: str,
+    config: bool = False,
+    more: str = "",
 ) -> Parser:
     parser: Parser = verbs.add_parser(
         name,
         help=what,
         usage=f"vitslim {name} {usage}",
-        description=what[0].upper() + what[1:] + ".",
+        description=what[0].upper() + what[1:] + "." + more,
         epilog=f"example:\n{textwrap.indent(example, '  ')}",
     )
     if config:
-        parser.add_argument("-c", "--config", metavar="YAML", help="options by name; flags win")
+        add_config(parser)
     return parser
 
 
@@ -60,11 +71,12 @@ def _run(verbs: Any) -> None:
         "--budget BUDGET --output DIR [options]",
         "search, threshold, retrain and report in one folder",
         "vitslim run --data digits --budget macs=60% --output runs/digits\n"
-        "vitslim run --model deit_small_patch16_224 --pretrained --data folder:IMAGENET "
-        "--budget macs=60% --output runs/deit-s",
+        "vitslim run -c deit_small --data folder:IMAGENET --output runs/deit-s",
         config=True,
+        more="\n\nTraining options have timm's names and hold for every stage; --dense-X, "
+        "--search-X and\n--retrain-X set X for one stage alone.",
     )
-    parser.add_argument("--budget", action="append", metavar="BUDGET", help=BUDGET_HELP)
+    add_budget(parser)
     add_output(parser, "the run folder")
     parser.add_argument(
         "--model",
@@ -72,13 +84,9 @@ def _run(verbs: Any) -> None:
         help="a timm name or a saved folder; without "
         "weights it is trained first [for digits: a small ViT]",
     )
-    parser.add_argument(
-        "--pretrained", action=argparse.BooleanOptionalAction, help="let timm load its weights [no]"
-    )
-    add_model_kwargs(parser)
-    add_fold(parser)
+    add_choices(parser, ("pretrained", "model_kwargs", "fold"))
     add_masks(parser)
-    add_planning(parser, "8; digits 4")
+    add_planning(parser)
     add_settings_of_run(parser)
 
 
@@ -91,10 +99,14 @@ def _search(verbs: Any) -> None:
         "vitslim search deit_small_patch16_224 --pretrained --data folder:IMAGENET "
         "--output runs/search",
         config=True,
+        more="\n\nTraining options have timm's names.",
     )
     add_model(parser)
-    add_output(parser, "where the masked model, its masks and the states go")
+    add_output(parser, "where the masked model, its masks and the checkpoints go")
+    add_budget(parser, "evaluate the model cut to this after every epoch: ")
+    add_choices(parser, ("fold",))
     add_masks(parser)
+    add_planning(parser)
     add_settings(parser, "search")
 
 
@@ -107,9 +119,9 @@ def _threshold(verbs: Any) -> None:
         "vitslim threshold runs/digits --budget macs=60% --budget params=200K",
     )
     parser.add_argument("search", metavar="SEARCH", help="a search's folder, or a run's")
-    parser.add_argument("--budget", action="append", metavar="BUDGET", help=BUDGET_HELP)
+    add_budget(parser)
     parser.add_argument("--output", metavar="DIR", help="where NAME.json goes [SEARCH/plans]")
-    add_planning(parser)
+    add_planning(parser, training=False)
     add_json(parser)
 
 
@@ -122,11 +134,18 @@ def _retrain(verbs: Any) -> None:
         "vitslim retrain runs/search runs/search/plans/macs-60.json "
         "--data folder:IMAGENET --output runs/slim",
         config=True,
+        more="\n\nTraining options have timm's names.",
     )
     parser.add_argument("search", metavar="SEARCH", help="a search's folder, or a run's")
     parser.add_argument("plan", metavar="PLAN", help="a plan that `vitslim threshold` wrote")
-    add_output(parser, "where the slim model and the states go")
-    add_fold(parser)
+    add_output(parser, "where the slim model and the checkpoints go")
+    add_choices(parser, ("fold",))
+    parser.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="the model that --teacher dense means, a timm name or a saved folder "
+        "[RUN/dense, or what the search began with]",
+    )
     add_settings(parser, "retrain")
 
 
@@ -140,9 +159,7 @@ def _eval(verbs: Any) -> None:
         config=True,
     )
     add_model(parser)
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    for name in ("data", "data_dir", "batch_size", "crop_pct", "workers", "device", "amp"):
-        add_setting(parser, fields[name], "", fields[name].metadata["help"])
+    add_some_settings(parser, EVAL, batch_size=EVAL_BATCH_SIZE)
     add_pack(parser, "pack the model for the CPU first, as vitslim.pack does")
     add_json(parser)
 
@@ -163,7 +180,7 @@ def _cost(verbs: Any) -> None:
     )
     parser.add_argument("--plan", metavar="PLAN", help="a plan that `vitslim threshold` wrote")
     parser.add_argument("--round-to", type=int, metavar="N", help="widths are multiples of N [1]")
-    add_model_kwargs(parser)
+    add_choices(parser, ("model_kwargs",))
     add_json(parser)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .layers import SlimAttention, TokenSelect
-from .masks import mask_parameters
+from .layers.walk import masked_parts
 from .plan import BlockPlan, Plan
 
 
@@ -25,6 +25,14 @@ class Cost(NamedTuple):
 
     params: int
     macs: int
+
+
+class UnitMacs(NamedTuple):
+    """The MACs of a block by unit: an attention dimension, a hidden unit, a token."""
+
+    attention: int
+    mlp: int
+    token: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,18 @@ class BlockShape:
     attn_dim: int
     hidden: int
     tokens: int
+
+    def unit_macs(self, embed_dim: int) -> UnitMacs:
+        """Returns the MACs of one unit of every kind.
+
+        A dimension is its part of qkv, of proj and of the two attention products. A token is its
+        row of everything, so that the tokens of a block share the MACs of the whole block: that
+        is the mean of what is saved by removing them one by one.
+        """
+        attention = self.tokens * (4 * embed_dim + 2 * self.tokens)
+        mlp = self.tokens * 2 * embed_dim
+        linears = embed_dim * (4 * self.attn_dim + 2 * self.hidden)
+        return UnitMacs(attention, mlp, linears + 2 * self.tokens * self.attn_dim)
 
 
 @dataclass(frozen=True)
@@ -73,19 +93,13 @@ class Geometry:
         """Reads the geometry of a dense, masked or slim model; works on the meta device."""
         model = getattr(model, "source", model)  # a packed model costs what it was made of
         prefix, patches = model.num_prefix_tokens, int(model.patch_embed.num_patches)
-        shapes, unit_params, heads = [], [], []
-        tokens = prefix + patches
-        for block in model.blocks:
-            select = getattr(block, "tokens", None)
-            if isinstance(select, TokenSelect):
-                tokens = prefix + len(select.keep)
+        shapes, unit_params, heads = block_shapes(model), [], []
+        for block, shape in zip(model.blocks, shapes, strict=True):
             attn, mlp = block.attn, block.mlp
-            attn_dim = attn.proj.in_features
-            shapes.append(BlockShape(attn_dim, mlp.fc2.in_features, tokens))
             unit_params.append(_unit_params(attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
             ragged = isinstance(attn, SlimAttention)
-            heads.append((0, 0) if ragged else (attn.num_heads, attn_dim // attn.num_heads))
-        masks = sum(parameter.numel() for _, parameter in mask_parameters(model))
+            heads.append((0, 0) if ragged else (attn.num_heads, shape.attn_dim // attn.num_heads))
+        masks = sum(part.parameter.numel() for part in masked_parts(model))
         params = sum(parameter.numel() for parameter in model.parameters()) - masks
         cut = sum(
             shape.attn_dim * per_dim + shape.hidden * per_unit
@@ -110,9 +124,7 @@ class Geometry:
         params, macs = self.fixed_params, self.fixed_macs
         for shape, (per_dim, per_unit) in zip(blocks, self.block_params, strict=True):
             params += shape.attn_dim * per_dim + shape.hidden * per_unit
-            linears = self.embed_dim * (4 * shape.attn_dim + 2 * shape.hidden)
-            products = 2 * shape.tokens * shape.attn_dim
-            macs += shape.tokens * (linears + products)
+            macs += shape.tokens * shape.unit_macs(self.embed_dim).token
         return Cost(params, macs + self.token_macs * blocks[-1].tokens)
 
     def planned(self, blocks: Sequence[BlockPlan]) -> list[BlockShape]:
@@ -128,6 +140,18 @@ class Geometry:
                 shape = replace(shape, hidden=len(plan.hidden))
             shapes.append(shape)
         return shapes
+
+
+def block_shapes(model: VisionTransformer) -> list[BlockShape]:
+    """Returns the shape of every block of a dense, masked or slim model."""
+    prefix = model.num_prefix_tokens
+    tokens, shapes = prefix + int(model.patch_embed.num_patches), []
+    for block in model.blocks:
+        select = getattr(block, "tokens", None)
+        if isinstance(select, TokenSelect):
+            tokens = prefix + len(select.keep)
+        shapes.append(BlockShape(block.attn.proj.in_features, block.mlp.fc2.in_features, tokens))
+    return shapes
 
 
 def cost(model: VisionTransformer, plan: Plan | None = None) -> Cost:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,14 @@ from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .cost import block_shapes
 from .errors import VitslimError
 from .files import atomic_safetensors
-from .layers import MaskedAttention, MaskedBlock, MaskedMlp, TokenGate
+from .layers import MaskedAttention, MaskedBlock, MaskedMlp
+from .layers.walk import MaskedPart, masked_parts
 
 KINDS = ("attention", "mlp", "token")
+SPREADS = ("kind", "unit", "mac")
 
 
 @dataclass(frozen=True)
@@ -94,46 +96,106 @@ class Masks:
 def mask_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the learnable masks of a model with their names; token masks as raw values."""
     return [
-        (f"{name}.{'raw' if kind == 'token' else 'mask'}", parameter)
-        for name, kind, _, parameter in _walk(unwrap_model(model))
+        (f"{part.name}.{'raw' if part.kind == 'token' else 'mask'}", part.parameter)
+        for part in masked_parts(unwrap_model(model))
     ]
 
 
 def sparsity_loss(
-    model: nn.Module, attention: float = 2e-4, mlp: float = 5e-5, token: float = 1e-4
+    model: nn.Module,
+    attention: float = 2e-4,
+    mlp: float = 5e-5,
+    token: float = 1e-4,
+    per: str = "kind",
 ) -> Tensor:
     """Returns the search's penalty, a float32 scalar to add to the loss once per step.
 
         w_attention |head masks|_1 + w_mlp |mlp masks|_1 + w_token |tanh(raw)|_1
 
-    It is the same for any number of processes: nothing is divided by their count.
+    This is the paper's. With another `per` the same total weight is spread over the units of all
+    kinds in another way, see `mask_weights`. It is the same for any number of processes: nothing
+    is divided by their count, and of sharded masks every process gets the whole penalty.
 
     Args:
-        model: A masked model, bare or wrapped by DistributedDataParallel or torch.compile.
+        model: A masked model, bare or wrapped by DistributedDataParallel or torch.compile; its
+            masks may be sharded (FSDP2).
         attention: Weight of the attention masks; the paper's values are the defaults.
         mlp: Weight of the MLP masks.
         token: Weight of the token gates.
+        per: "kind", the paper's, "unit" or "mac".
     """
-    weights = {"attention": attention, "mlp": mlp, "token": token}
-    parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for _, kind, module, parameter in _walk(unwrap_model(model)):
-        values = module.gate() if isinstance(module, TokenGate) else parameter
-        parts[kind].append(values.float().flatten())
-    if not any(parts.values()):
-        raise VitslimError("the model has no masks to penalise; make them with vitslim.mask(model)")
-    # One norm per kind rather than one per layer: two small kernels instead of two dozen.
-    sums = [weights[k] * torch.cat(values).abs().sum() for k, values in parts.items() if values]
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for part, weight in mask_weights(model, attention, mlp, token, per):
+        values: Any = part.values().float()
+        where = (values.device_mesh, values.placements) if hasattr(values, "placements") else ()
+        groups.setdefault((part.kind, weight, *where), []).append(values)
+    # One norm per weight rather than one per layer: two small kernels instead of two dozen.
+    sums = [weight * _norm(values, *where) for (_, weight, *where), values in groups.items()]
     return torch.stack(sums).sum()
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedAttention):
-            yield name, "attention", module, module.mask
-        elif isinstance(module, MaskedMlp):
-            yield name, "mlp", module, module.mask
-        elif isinstance(module, TokenGate):
-            yield name, "token", module, module.raw
+def mask_weights(
+    model: nn.Module,
+    attention: float = 2e-4,
+    mlp: float = 5e-5,
+    token: float = 1e-4,
+    per: str = "kind",
+) -> list[tuple[MaskedPart, float]]:
+    """Returns every mask with the penalty's weight, one for all its elements; kind by kind.
+
+    With n_k units of kind k, a unit being an element of a mask, and c_i the MACs of unit i:
+
+        kind   w_i = w_k                       of the unit's own kind, as in the paper
+        unit   w_i = W / sum_k n_k             the same for every unit
+        mac    w_i = W c_i / sum_j c_j         the same for every MAC
+
+    where W = sum_k w_k n_k, what the paper's weights come to in total, in all three.
+
+    Args:
+        model: A masked model, wrapped or not.
+        attention: The weight w_k of the attention masks.
+        mlp: Of the MLP masks.
+        token: Of the token gates.
+        per: "kind", "unit" or "mac".
+    """
+    if per not in SPREADS:
+        raise VitslimError(f"a penalty is spread per {', '.join(SPREADS)}, not per {per!r}")
+    model = unwrap_model(model)
+    parts = sorted(masked_parts(model), key=lambda part: KINDS.index(part.kind))
+    if not parts:
+        raise VitslimError("the model has no masks to penalise; make them with vitslim.mask(model)")
+    weights = {"attention": attention, "mlp": mlp, "token": token}
+    if per == "kind":
+        return [(part, weights[part.kind]) for part in parts]
+    units = [part.parameter.numel() for part in parts]
+    costs = _unit_macs(model, parts) if per == "mac" else [1] * len(parts)
+    total = sum(weights[part.kind] * count for part, count in zip(parts, units, strict=True))
+    share = total / sum(count * each for count, each in zip(units, costs, strict=True))
+    return [(part, share * each) for part, each in zip(parts, costs, strict=True)]
+
+
+def _unit_macs(model: nn.Module, parts: list[MaskedPart]) -> list[int]:
+    """Returns for every mask the MACs behind one of its elements."""
+    macs: dict[nn.Module | None, int] = {}
+    for block, shape in zip(model.blocks, block_shapes(model), strict=True):
+        dim, hidden, place = shape.unit_macs(model.embed_dim)
+        macs |= {block.mlp: hidden, getattr(block, "tokens", None): place}
+        if isinstance(block.attn, MaskedAttention):
+            # A value that heads or dimensions share stands for all of them.
+            macs[block.attn] = dim * (shape.attn_dim // block.attn.mask.numel())
+    return [macs[part.module] for part in parts]
+
+
+def _norm(values: list[Tensor], mesh: Any = None, placements: tuple[Any, ...] = ()) -> Tensor:
+    """Returns the l1 norm of tensors; of sharded ones, the whole norm in every process."""
+    if mesh is None:
+        return torch.cat([each.flatten() for each in values]).abs().sum()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    own: Any = _norm([each.to_local() for each in values])
+    summed = [Partial() if place.is_shard() else Replicate() for place in placements]
+    whole: Tensor = DTensor.from_local(own, mesh, summed, run_check=False).full_tensor()
+    return whole
 
 
 def _copy(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from .errors import VitslimError
@@ -27,6 +27,7 @@ from .layers.attention import why_not_attention
 from .layers.intermediates import forward_intermediates
 from .layers.mlp import why_not_mlp
 from .layers.norm import why_not_norm
+from .layers.tokens import TOKEN_GATES
 from .masks import KINDS, mask_parameters
 from .plan import BlockPlan, Plan
 
@@ -37,6 +38,7 @@ def mask(
     kinds: Iterable[str] = KINDS,
     token_start: str = "paper",
     skip: Iterable[str] = (),
+    token_gate: str = "input",
 ) -> VisionTransformer:
     """Returns a copy of a timm VisionTransformer with learnable masks in every block.
 
@@ -46,6 +48,10 @@ def mask(
         kinds: Which masks to learn, of "attention", "mlp" and "token".
         token_start: "paper" starts token gates at tanh(3) = 0.995, "one" at exactly 1.
         skip: Names of parts to leave alone, with wildcards: "blocks.0", "blocks.*.mlp".
+        token_gate: Where token gates act. "input", the paper's: a gate scales the normed input of
+            attention and MLP, and is kept as a constant when slim. "keys": its logarithm is added
+            to the attention scores of the token as a key, whose limit is removal; the fast kernels
+            of a slim model have no place for it, so that `slim` drops it for the tokens it keeps.
 
     Raises:
         VitslimError: The model, or a part that `skip` does not name, cannot be masked.
@@ -53,11 +59,13 @@ def mask(
     kinds, skip = tuple(kinds), tuple(skip)
     if unknown := set(kinds) - set(KINDS):
         raise VitslimError(f"no kind of mask is called {sorted(unknown)[0]!r}; use {KINDS}")
+    if token_gate not in TOKEN_GATES:
+        raise VitslimError(f"no token gate is called {token_gate!r}; use {TOKEN_GATES}")
     check_model(model, kinds)
     masked = copy.deepcopy(model)
     for index, block in enumerate(masked.blocks):
         masked.blocks[index] = _mask_block(
-            masked, index, block, granularity, kinds, token_start, skip
+            masked, index, block, granularity, kinds, token_start, skip, token_gate
         )
     if not mask_parameters(masked):
         raise VitslimError("nothing is left to mask: `kinds` and `skip` leave every block alone")
@@ -67,6 +75,7 @@ def mask(
         "kinds": list(kinds),
         "token_start": token_start,
         "skip": list(skip),
+        "token_gate": token_gate,
     }
     return masked
 
@@ -79,7 +88,8 @@ def slim(model: VisionTransformer, plan: Plan, fold: bool = True) -> VisionTrans
         plan: What every block keeps, from `vitslim.threshold`.
         fold: Multiply what the kept masks learned into the weights, so that the slim model
             computes what the masked one does with the dropped units at zero; else the masks are
-            forgotten, as the published code does.
+            forgotten, as the published code does. What kept tokens learned as a bias of their keys
+            is forgotten in any case.
 
     Raises:
         VitslimError: The plan does not fit the model.
@@ -166,6 +176,7 @@ def _mask_block(
     kinds: tuple[str, ...],
     token_start: str,
     skip: tuple[str, ...],
+    token_gate: str,
 ) -> nn.Module:
     def wanted(kind: str, part: str, reason: str | None) -> bool:
         name = f"blocks.{index}"
@@ -186,7 +197,7 @@ def _mask_block(
     do = {
         "attention": wanted("attention", "attn", why_not_attention(block.attn)),
         "mlp": wanted("mlp", "mlp", why_not_mlp(block.mlp)),
-        "token": wanted("token", "tokens", why_not_norm(block.norm1) or why_not_norm(block.norm2)),
+        "token": wanted("token", "tokens", _why_not_tokens(block, token_gate)),
     }
     if not any(do.values()):
         return block
@@ -196,13 +207,20 @@ def _mask_block(
     if do["mlp"]:
         block.mlp = MaskedMlp.from_timm(block.mlp)
     if do["token"]:
-        weight = block.norm1.weight
-        tokens = TokenGate(
-            _num_patches(model), model.num_prefix_tokens, token_start, weight.device, weight.dtype
-        )
-        block.norm1 = GatedLayerNorm.from_timm(block.norm1)
-        block.norm2 = GatedLayerNorm.from_timm(block.norm2)
+        weight, places = block.norm1.weight, (_num_patches(model), model.num_prefix_tokens)
+        tokens = TokenGate(*places, token_start, token_gate, weight.device, weight.dtype)
+        if token_gate == "input":
+            block.norm1 = GatedLayerNorm.from_timm(block.norm1)
+            block.norm2 = GatedLayerNorm.from_timm(block.norm2)
     return MaskedBlock(block, tokens)
+
+
+def _why_not_tokens(block: Any, token_gate: str) -> str | None:
+    """Returns why the tokens of a block cannot be gated, or None if they can."""
+    if token_gate == "keys" and type(block.attn) is not Attention:
+        return f"its attention is a {type(block.attn).__name__}, which may take no bias"
+    # Norms carry no gate on the keys, but they do once tokens are removed.
+    return why_not_norm(block.norm1) or why_not_norm(block.norm2)
 
 
 def _slim_block(
@@ -235,7 +253,7 @@ def _slim_block(
         prefix, weight = model.num_prefix_tokens, block.norm1.weight
         tokens = TokenSelect(keep.tokens, arriving, prefix, weight.device, weight.dtype)
         gates = getattr(block, "tokens", None)
-        if fold and gates is not None:
+        if fold and gates is not None and gates.place == "input":
             kept = torch.tensor(keep.tokens, dtype=torch.long, device=weight.device)
             tokens.gate[prefix:] = gates().detach()[prefix:][kept].to(weight.dtype)
         block.norm1 = GatedLayerNorm.from_timm(block.norm1)

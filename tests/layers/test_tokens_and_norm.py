@@ -50,3 +50,25 @@ def test_what_cannot_carry_gates_is_said():
     assert "RmsNorm" in why_not_norm(RmsNorm(16))
     assert "no weight" in why_not_norm(nn.LayerNorm(16, elementwise_affine=False))
     assert why_not_norm(LayerNorm(16)) is None
+
+
+def test_bias_on_the_keys_is_the_log_of_the_gate():
+    gate = TokenGate(4, num_prefix_tokens=2, place="keys", dtype=torch.float64)
+    gate.raw.data = torch.tensor([3.0, -0.5, 1e-3, 0.0], dtype=torch.float64)
+    bias = gate.key_bias()
+    assert torch.equal(bias[:2], torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(bias[2:5], gate.raw[:3].tanh().abs().log())
+    assert torch.exp(bias[5]) < 1e-15
+    bias.sum().backward()
+    derivative = (1 - gate.raw[:3].tanh() ** 2) / gate.raw[:3].tanh()
+    torch.testing.assert_close(gate.raw.grad[:3], derivative.detach())
+    # A closed gate can open again.
+    assert 0 < gate.raw.grad[3] < torch.inf
+    with pytest.raises(ValueError, match="place must be one of"):
+        TokenGate(4, place="values")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bias_on_the_keys_can_start_at_exactly_none(dtype):
+    gate = TokenGate(7, start="one", place="keys", dtype=dtype)
+    assert torch.equal(gate.key_bias(), torch.zeros(8, dtype=dtype))

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from image_folder import write_images
 from torch import nn
 
 from vitslim.workflow.settings import Settings, settings_for
@@ -52,13 +51,4 @@ def quick() -> Settings:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """An image folder of two classes: 16 + 16 images to train on, 4 + 4 held out."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 4)):
-        for label, name in enumerate(("dark", "light")):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 128, (12, 12, 3)) + 127 * label
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
-    return tmp_path / "images"
+    return write_images(tmp_path / "images")

@@ -201,7 +201,8 @@ def test_slim_model_that_is_not_retrained_yet(run_folder):
 def test_half_written_row_of_the_curves_is_left_out(run_folder):
     folder = run_folder(CUT)
     with (folder / "summary.csv").open("a") as file:
-        file.write("search,")
+        # One row with a cell too many, and one that ends early.
+        file.write("search,5,1,1,1,1,1,1,1\nsearch,")
     report(folder)
     assert "curves.png" in pictures(folder)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -44,7 +45,12 @@ class MaskedBlock(_Block):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Maps x [B, N, C] to [B, N, C]."""
-        gate = None if self.tokens is None else self.tokens()  # [N]
+        gate = None
+        if self.tokens is not None and self.tokens.place == "keys":
+            bias = self.tokens.key_bias().to(x.dtype)  # [N]
+            attn_mask, is_causal = _with_bias(bias, attn_mask, is_causal), False
+        elif self.tokens is not None:
+            gate = self.tokens()  # [N]
         return self._residuals(x, gate, {"attn_mask": attn_mask, "is_causal": is_causal})
 
 
@@ -72,3 +78,17 @@ class SlimBlock(_Block):
                 )
             x, gate = self.tokens(x), self.tokens.gate
         return self._residuals(x, gate, {"attn_mask": attn_mask, "is_causal": is_causal})
+
+
+def _with_bias(bias: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Returns an attn_mask [..., N, N] that adds bias [N] to the scores of every key."""
+    square = bias.expand(len(bias), -1)
+    if is_causal:
+        # torch takes a mask or is_causal, not both.
+        causal = torch.ones_like(square, dtype=torch.bool).tril()
+        square = square.masked_fill(~causal, -torch.inf)
+    if attn_mask is None:
+        return square
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, square, -torch.inf)
+    return attn_mask + square

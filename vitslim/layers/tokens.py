@@ -7,16 +7,25 @@ from torch import Tensor, nn
 
 RAW_START = 3.0  # the paper's start of the raw values: tanh(3) = 0.995
 TOKEN_STARTS = ("paper", "one")
+TOKEN_GATES = ("input", "keys")
 
 
 class TokenGate(nn.Module):
     """One gate per patch, tanh(raw); prefix tokens (class, distillation, register) pass at 1.
+
+    On the input, the paper's way, a gate g scales the normed input of attention and of the MLP. On
+    the keys it stands before a token's share in every softmax,
+
+        A_ij = g_j exp(s_ij) / sum_k g_k exp(s_ik) = softmax(s_i + log g)_j,    g = |tanh(raw)|
+
+    so that at g = 0 nothing reads the token any more, in this layer, as if it had been removed.
 
     Args:
         num_patches: Patches of an image.
         num_prefix_tokens: Tokens before the patches.
         start: "paper" starts the gates at tanh(3) = 0.995, "one" divides them by tanh(3) so that
             they start at exactly 1 and the masked model equals the dense one.
+        place: Where the gates act: "input" or "keys".
     """
 
     def __init__(
@@ -24,14 +33,17 @@ class TokenGate(nn.Module):
         num_patches: int,
         num_prefix_tokens: int = 1,
         start: str = "paper",
+        place: str = "input",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if start not in TOKEN_STARTS:
             raise ValueError(f"start must be one of {', '.join(TOKEN_STARTS)}, got {start!r}")
+        if place not in TOKEN_GATES:
+            raise ValueError(f"place must be one of {', '.join(TOKEN_GATES)}, got {place!r}")
         self.num_prefix_tokens = num_prefix_tokens
-        self.start = start
+        self.start, self.place = start, place
         raw = torch.full((num_patches,), RAW_START, device=device, dtype=dtype)
         self.raw = nn.Parameter(raw)
         # The divisor goes through the same tanh, so that equal values give exactly 1.
@@ -47,8 +59,23 @@ class TokenGate(nn.Module):
         gate = self.gate() if self.unit is None else self.gate() / self.unit
         return torch.cat([gate.new_ones(self.num_prefix_tokens), gate])
 
+    def key_bias(self) -> Tensor:
+        """Returns log |gate| of every token of the sequence, [num_prefix_tokens + num_patches].
+
+        A share grows linearly with its gate, so that the gradient of the log, 1 / gate, has a
+        finite limit in all that follows. To keep it at a gate of 0, which can then open again,
+        gates are raised to the dtype's epsilon, too little for a softmax to see, and 0 counts as
+        positive.
+        """
+        gate = self()
+        gate = torch.where(gate < 0, -gate, gate)
+        tiny = torch.finfo(gate.dtype).eps
+        # A clamp would pass on no gradient where it acts.
+        raised = gate + (gate.detach().clamp(min=tiny) - gate.detach())
+        return raised.log()
+
     def extra_repr(self) -> str:
-        return f"num_patches={self.raw.shape[0]}, start={self.start!r}"
+        return f"num_patches={self.raw.shape[0]}, start={self.start!r}, place={self.place!r}"
 
 
 class TokenSelect(nn.Module):
@@ -61,8 +88,9 @@ class TokenSelect(nn.Module):
 
     Attributes:
         keep: As given.
-        gate: [num_prefix_tokens + len(keep)], what the gates of the kept tokens learned. A
-            constant: it scales normed rows, which no weight can absorb.
+        gate: [num_prefix_tokens + len(keep)], what the gates of the kept tokens learned on the
+            input, 1 where they acted on the keys. A constant: it scales normed rows, which no
+            weight can absorb.
     """
 
     def __init__(

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 
-def first_non_finite(model: nn.Module, images: Tensor) -> str:
+def first_non_finite(model: nn.Module, images: Tensor, backward: bool) -> str:
     """Names the first thing that is not finite: images, a parameter, an activation, a gradient.
 
     Args:
-        model: The model as it was when the loss went wrong.
+        model: The model as it was when the loss or a gradient went wrong.
         images: The batch it saw [B, C, H, W].
+        backward: Whether the loss was finite, so that it went wrong on the way back.
     """
     if not _finite(images):
         return "the images"
@@ -19,6 +20,8 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
     layer = _first_activation(model, images)
     if layer is not None:
         return f"the output of {layer}"
+    if not backward:
+        return "the loss itself"
     # Gradients flow backwards: the last layer with a bad one is where it came from.
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     return f"the gradient of {bad[-1]}" if bad else "the loss itself"

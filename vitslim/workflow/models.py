@@ -1,5 +1,6 @@
 """The model a command works on: a timm name, a saved folder, or the small one for digits."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ..checkpoint import load
 from ..errors import VitslimError
@@ -14,6 +16,7 @@ from ..packed import PackedVisionTransformer, pack
 from ..plan import Plan
 from ..surgery import describe
 from .data import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
+from .recipes import open_recipe
 from .state import read_json
 
 # 16 patches of 2x2 pixels, 3 heads of 32, 0.7 M parameters: trains in a minute on two cores.
@@ -65,7 +68,63 @@ def open_model(
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError, OSError) as error:
-        raise VitslimError(f"timm cannot make {name}: {error}.") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        weights = " with its weights" if pretrained else ""
+        raise VitslimError(f"timm cannot make {name}{weights}: {reason}.") from error
+
+
+def open_teacher(
+    name: str, dense: nn.Module | None, device: torch.device, num_classes: int | None
+) -> nn.Module:
+    """Opens the model that a student is to imitate, with weights, ready to be asked.
+
+    Args:
+        name: `dense`, a folder, or the name of any timm model, which brings its weights.
+        dense: What `dense` means; the teacher is a copy of it, for it may be trained itself.
+        device: Where the student is.
+        num_classes: Of the student; None where features are imitated, which have no classes.
+
+    Raises:
+        VitslimError: There is no such model, its weights cannot be had, or its classes differ.
+    """
+    if name != "dense":
+        teacher: nn.Module = open_model(name, pretrained=True)
+    elif dense is None:
+        raise VitslimError("The teacher is the dense model, and there is none: give --dense.")
+    else:
+        teacher = copy.deepcopy(dense)
+    classes = getattr(teacher, "num_classes", None)
+    if num_classes is not None and classes != num_classes:
+        raise VitslimError(
+            f"The teacher {name} has {classes} classes and the student {num_classes}: take a "
+            "teacher of the same classes, or --distill-type feature."
+        )
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def open_dense(search: Path, name: str | None = None) -> VisionTransformer:
+    """Opens the dense model that a search began with.
+
+    Args:
+        search: The folder of the search.
+        name: What the user says that the model is, a folder or a name in timm's list.
+
+    Raises:
+        VitslimError: It is not to be found, or it had no weights.
+    """
+    if name is not None:
+        return open_model(name, pretrained=True)
+    if (beside := search.parent / "dense" / "config.json").exists():
+        return load(beside.parent)
+    args = search / "args.yaml"
+    told = open_recipe(str(args)) if args.exists() else {}
+    base, pretrained = told.get("model") or "", bool(told.get("pretrained"))
+    if not base or not (pretrained or Path(base).is_dir()):
+        raise VitslimError(
+            f"{search} does not tell of a dense model with weights that it began with: "
+            "name one with --dense."
+        )
+    return open_model(base, pretrained, told.get("model_kwargs"))
 
 
 def base_model(model: VisionTransformer) -> VisionTransformer:

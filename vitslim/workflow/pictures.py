@@ -102,7 +102,8 @@ def section(record: Record, name: str, plan: Plan) -> Section:
         alt = f"Bars of the MLP hidden units kept per layer for {name}"
         widths.append(Picture(f"mlp-{slug}.png", content, alt, caption))
     if patches := kept.kept_tokens(plan, sizes):
-        grid = kept.grid_of(sizes.patches or 0, record.summary.get("img_size"))
+        img_size = record.summary.get("img_size") or plan.base.get("args", {}).get("img_size")
+        grid = kept.grid_of(sizes.patches or 0, img_size)
         caption = (
             f"Each square is the image, cut into {grid[0]} x {grid[1]} patches, as one layer sees "
             "it; it is the same for every image. A dropped patch stays away from all later "
@@ -127,11 +128,13 @@ def masks(record: Record) -> list[Picture]:
                 lines[name][kind], blurred = found
                 if blurred:
                     moved.append(f"{name}: {blurred} of {len(flags)} {kind} masks")
+    when = "ended the search at" if record.masks_at is None else f"were after {record.masks_at} at"
     caption = (
-        "How many masks ended the search at which value: near 1 means needed as in the dense "
-        "model, near 0 means not needed. A vertical line is the threshold of a budget; what lies "
-        "to its left is cut."
+        f"How many masks {when} which value: near 1 means needed as in the dense model, near 0 "
+        "means not needed."
     )
+    if record.plans:
+        caption += " A vertical line is the threshold of a budget; what lies to its left is cut."
     if "token" in values:
         caption += (
             " A patch counts with its smallest gate up to the layer, since a dropped patch does "
@@ -158,3 +161,21 @@ def curves(record: Record) -> list[Picture]:
     )
     content = plots.png(plots.training_curves(record.stages))
     return [Picture("curves.png", content, "Loss and accuracy by epoch and stage", caption)]
+
+
+def forecast(record: Record) -> list[Picture]:
+    """Draws what cutting at once would have given after every epoch of the search."""
+    some = [row for rows in record.forecasts.values() for row in rows if "accuracy" in row]
+    if not some:
+        return []
+    caption = (
+        "What cutting the model to a budget after an epoch of the search would have given on the "
+        "held-out images, before any retraining"
+    )
+    caption += "." if record.dense_accuracy is None else "; dashed, the model before slimming."
+    absent = [name for name, rows in record.forecasts.items() if "accuracy" not in rows[-1]]
+    if absent:
+        caption += f" Out of reach as the masks stand last: {', '.join(absent)}."
+    content = plots.png(plots.forecast_curves(record.forecasts, record.dense_accuracy))
+    alt = "Accuracy of the model cut to each budget by epoch of the search"
+    return [Picture("forecast.png", content, alt, caption)]

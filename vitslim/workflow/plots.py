@@ -114,6 +114,8 @@ def mask_histograms(
         crowded = counts.max() > 25 * np.median(counts[counts > 0])
         if crowded:
             axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.margins(x=0.01)
         for colour, (budget, values_by_kind) in zip(
             _cycle(len(thresholds)), thresholds.items(), strict=True
@@ -248,5 +250,41 @@ def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
     subplots[0, 0].set_ylim(bottom=0)
     subplots[1, 0].set_ylabel("held-out top-1 accuracy (%)")
     figure.align_ylabels()
+    figure.tight_layout()
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def forecast_curves(
+    forecasts: Mapping[str, Sequence[Mapping[str, float]]], dense: float | None
+) -> Figure:
+    """Accuracy of the model cut to each budget, by epoch of the search.
+
+    Args:
+        forecasts: Rows of forecast.csv per budget; a line has a gap where a row has no accuracy.
+        dense: Accuracy of the dense model in percent, if known.
+    """
+    figure = new_figure(6.4, 3.5)
+    axes = figure.subplots()
+    for colour, (budget, rows) in zip(_cycle(len(forecasts)), forecasts.items(), strict=True):
+        axes.plot(
+            [row["epoch"] for row in rows],
+            [row.get("accuracy", np.nan) for row in rows],
+            color=colour,
+            marker=".",
+            markersize=5,
+            linewidth=1.4,
+            label=budget.replace(",", ",\n")
+            + ("" if any("accuracy" in row for row in rows) else "\n(out of reach)"),
+        )
+    if dense is not None:
+        axes.axhline(dense, color=INK, linestyle="--", linewidth=1.2, label="dense model")
+    axes.set_title("If the search stopped here")
+    axes.set_xlabel("epoch of the search")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_ylabel("top-1 accuracy when cut (%)")
+    axes.grid()
+    # Beside the lines, which may be anywhere and on top of each other.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), labelspacing=0.8)
     figure.tight_layout()
     return figure

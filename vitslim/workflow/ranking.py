@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..cost import BlockShape, Geometry
 from ..errors import VitslimError
-from ..masks import Masks
+from ..masks import KINDS, Masks
 from ..plan import BlockPlan
 
 TOKEN_RULES = ("running-min", "any-deeper")
+RANKINGS = ("fractions", "macs")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class _Order:
         # A stable sort twice: by score, then what the floor keeps to the front.
         order = torch.argsort(scores, descending=True, stable=True)
         order = order[torch.argsort(floor[order].int(), descending=True, stable=True)]
+        self.scores = scores[order].masked_fill(floor[order], torch.inf)  # never rising
         self.group_of = torch.repeat_interleave(torch.arange(len(groups)), sizes)[order]
         place = torch.cat([torch.arange(size) for size in sizes.tolist()])[order]
         self.members = [place[self.group_of == index] for index in range(len(groups))]
@@ -83,10 +85,17 @@ class Ranking:
         round_to: Widths are multiples of this, or whole.
         token_rule: "running-min" or "any-deeper", see `threshold`.
         floor: Units that every layer keeps at least.
+        ranking: "fractions" or "macs", see `threshold`; with "macs" a score is |mask| per MAC.
     """
 
     def __init__(
-        self, masks: Masks, geometry: Geometry, round_to: int, token_rule: str, floor: int
+        self,
+        masks: Masks,
+        geometry: Geometry,
+        round_to: int,
+        token_rule: str,
+        floor: int,
+        ranking: str = "fractions",
     ) -> None:
         if round_to < 1 or floor < 0:
             raise VitslimError(
@@ -94,8 +103,12 @@ class Ranking:
             )
         if token_rule not in TOKEN_RULES:
             raise VitslimError(f"no token rule is called {token_rule!r}; use {TOKEN_RULES}")
+        if ranking not in RANKINGS:
+            raise VitslimError(f"no ranking is called {ranking!r}; use {RANKINGS}")
         _check(masks, geometry)
         self.geometry, self.granularity = geometry, masks.granularity
+        if ranking == "macs":
+            masks = self._per_mac(masks)
         self._orders = {
             kind: _Order(groups, round_to if kind != "token" else 1)
             for kind, groups in (
@@ -119,6 +132,18 @@ class Ranking:
     def exact(self, kind: str, fraction: float) -> int:
         """Returns round(fraction * n), but what the floor keeps at least."""
         return max(round(fraction * self.count(kind)), self.least(kind))
+
+    def best(self, kinds: Sequence[str], count: int) -> dict[str, int]:
+        """Returns how many units of every kind are among the first so many of all of them.
+
+        One order over kinds: by score, ties in the order of `kinds`, and what floors keep first.
+        """
+        scores = torch.cat([self._orders[kind].scores for kind in kinds])
+        order = torch.argsort(scores, descending=True, stable=True)
+        sizes = torch.tensor([self.count(kind) for kind in kinds])
+        kind_of = torch.repeat_interleave(torch.arange(len(kinds)), sizes)[order]
+        counts = torch.bincount(kind_of[:count], minlength=len(kinds)).tolist()
+        return {k: max(n, self.least(k)) for k, n in zip(kinds, counts, strict=True)}
 
     def kept_units(self, kind: str, count: int) -> int:
         """Returns how many units stay after rounding when the ranking gives `count`."""
@@ -157,6 +182,19 @@ class Ranking:
             )
             for layer in range(len(self.geometry.blocks))
         ]
+
+    def _per_mac(self, masks: Masks) -> Masks:
+        """Divides every score by the MACs of its unit, in the model before anything is cut."""
+        embed_dim, columns = self.geometry.embed_dim, {}
+        for kind in KINDS:
+            columns[kind] = list(getattr(masks, kind))
+            for layer, values in enumerate(columns[kind]):
+                if values is not None:
+                    macs = getattr(self.geometry.blocks[layer].unit_macs(embed_dim), kind)
+                    macs *= self._dims_per_unit(layer) if kind == "attention" else 1
+                    # In float64, so that scores that differ keep doing so.
+                    columns[kind][layer] = values.double() / macs
+        return Masks(**columns, granularity=masks.granularity)
 
     def _dims_per_unit(self, layer: int) -> int:
         heads, head_dim = self.geometry.heads[layer]

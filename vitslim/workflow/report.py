@@ -1,4 +1,4 @@
-"""The report of a run: one page of HTML that stands alone, and its pictures beside it."""
+"""The report of a run or a stage: one page of HTML that stands alone, its pictures beside it."""
 
 import re
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from .record import Record, read_record
 
 
 def report(run_folder: str | Path) -> Path:
-    """Writes `report/index.html` and its pictures for a run, finished or not.
+    """Writes `report/index.html` and its pictures for a run or a stage, finished or going on.
 
     Args:
-        run_folder: Folder that `vitslim run` writes.
+        run_folder: Folder that `vitslim run`, `vitslim search` or `vitslim retrain` writes.
 
     Returns:
         Path of the page.
 
     Raises:
-        VitslimError: The folder is not a run folder, or a file in it is broken.
+        VitslimError: The folder is none of these, or a file in it is broken.
     """
     record = read_record(Path(run_folder))
     summary = record.summary
@@ -31,7 +31,7 @@ def report(run_folder: str | Path) -> Path:
     common = {
         "accuracy": pictures.accuracy(summary),
         "masks": pictures.masks(record),
-        "curves": pictures.curves(record),
+        "curves": pictures.curves(record) + pictures.forecast(record),
     }
     target = record.folder / "report"
     drawn = [picture for each in sections for picture in each.widths + each.tokens]
@@ -43,11 +43,16 @@ def report(run_folder: str | Path) -> Path:
     )
     environment.filters["tied"] = _tied
     page = environment.from_string(template).render(
-        title=f"ViT-Slim report: {summary.get('model', record.folder.resolve().name)}",
-        subtitle=_subtitle(summary),
+        title=f"ViT-Slim report: {_name(record)}",
+        subtitle=_subtitle({**record.args, **summary}),
         outcome=story.outcome(summary),
+        what=story.WHAT[record.kind],
+        opening=story.opening(record.kind, summary),
+        standing=story.standing(record.progress, record.read_at),
+        steps=story.steps(record.progress),
         missing=record.missing,
-        rows=story.table(summary),
+        # A lone search has an accuracy and nothing to compare it with.
+        rows=[] if record.kind == "search" else story.table(summary),
         sizes=story.latency_sizes(summary),
         sections=sections,
         facts=_facts(record),
@@ -60,6 +65,12 @@ def report(run_folder: str | Path) -> Path:
 def _tied(text: str) -> str:
     """Keeps a number and its unit on one line."""
     return re.sub(r"(?<=\d) (?=[%GMK])", "\N{NO-BREAK SPACE}", text)
+
+
+def _name(record: Record) -> str:
+    """Names the model, or the folder where the model is not known yet."""
+    known = record.summary.get("model") or record.args.get("model")
+    return str(known or record.folder.resolve().name)
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:

@@ -11,9 +11,11 @@ from ..cost import cost
 from ..plan import Plan
 from ..surgery import slim
 from .data import Data
+from .evaluate import evaluate
 from .search import open_stage, set_drop_path
 from .settings import Settings
-from .train import evaluate, journal_for, stage_args, train
+from .train import journal_for, stage_args, train
+from .watch import Watch
 from .world import World, seed_everything
 
 
@@ -49,12 +51,13 @@ def retrain(
         summary: Folder of summary.csv, if not `folder`.
 
     Returns:
-        {"cut": {"accuracy"}, "retrained": {"accuracy"}, "params", "macs", "seconds"}.
+        {"cut": {"accuracy"}, "retrained": {"accuracy"}, "best": {"epoch", "accuracy"}, "params",
+        "macs", "seconds"}. Where the best epoch is not the last one, its model is in folder/best.
     """
     output = output or folder
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     args = stage_args(settings, world, fold=fold, plan=digest)
-    place = open_stage(folder, args, resume)
+    place = open_stage(folder, args, resume, settings.checkpoint_keep)
     done = place.result()
     if done is not None:
         load(output)
@@ -65,7 +68,7 @@ def retrain(
     journal = journal_for(stage, summary or folder, world)
 
     def cut_accuracy(model: nn.Module, data: Data) -> dict[str, Any]:
-        accuracy = evaluate(model, data, world, settings.amp)
+        accuracy = evaluate(model, data, world, settings)
         journal.say(f"right after the cut, accuracy {accuracy:.2f} %")
         return {"cut": {"accuracy": accuracy}}
 
@@ -77,17 +80,21 @@ def retrain(
         journal,
         teacher=teacher if settings.distill_loss_weight else None,
         before=cut_accuracy,
+        after=Watch(stage, summary or folder, settings, world),
     )
     params, macs = cost(outcome.model)
     result = {
         **outcome.facts,
         "retrained": {"accuracy": outcome.accuracy},
+        "best": outcome.best,
         "params": params,
         "macs": macs,
         "seconds": outcome.seconds,
     }
     if world.primary:
         save(outcome.model, output)
+        if outcome.best_model is not None:
+            save(outcome.best_model, folder / "best")
         place.finish(result)
     world.wait()
     return result

@@ -30,16 +30,18 @@ from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
 from .data import open_data
+from .evaluate import evaluate
 from .latency import input_shape, measure
 from .latency_budget import plan_for
-from .models import open_model, open_plan
+from .models import open_model, open_plan, open_teacher
 from .report import report
 from .retrain import retrain
 from .search import open_stage, search
 from .settings import Settings
 from .state import read_json
 from .threshold import budget_name, parse_budget
-from .train import evaluate, journal_for, stage_args, train
+from .train import journal_for, stage_args, train
+from .watch import Watch
 from .world import World, open_world, seed_everything
 
 
@@ -89,6 +91,10 @@ def run(job: Job) -> dict[str, Any]:
         job.output / "search",
         world,
         **job.mask,
+        teacher=_teacher(job, "search", dense, world),
+        budgets=budgets,
+        planning=job.threshold,
+        fold=job.fold,
         resume=True,
         summary=job.output,
         base=job.model,
@@ -103,7 +109,7 @@ def run(job: Job) -> dict[str, Any]:
             job.output / "retrain" / name,
             world,
             fold=job.fold,
-            teacher=dense,
+            teacher=_teacher(job, "retrain", dense, world),
             resume=True,
             output=job.output / "slim" / name,
             stage=f"retrain/{name}",
@@ -176,18 +182,26 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
     seed_everything(settings.seed, 0)
     model: nn.Module = open_model(job.model, job.pretrained, job.model_kwargs)
     if job.pretrained or Path(job.model).is_dir():
-        data = open_data(settings, model, world)
-        accuracy = evaluate(model.to(world.device), data, world, settings.amp)
+        data = open_data(settings.among(world.size), model, world)
+        accuracy = evaluate(model.to(world.device), data, world, settings)
         result = {"accuracy": accuracy, "seconds": 0.0}
     else:
         journal = journal_for("dense", job.output, world)
-        outcome = train(model, settings, stage, world, journal)
+        watch = Watch("dense", job.output, settings, world)
+        outcome = train(model, settings, stage, world, journal, after=watch)
         model, result = outcome.model, {"accuracy": outcome.accuracy, "seconds": outcome.seconds}
     if world.primary:
         save(model, folder)
         stage.finish(result)
     world.wait()
     return model, float(result["accuracy"])
+
+
+def _teacher(job: Job, stage: str, dense: nn.Module, world: World) -> nn.Module | None:
+    settings = job.stages[stage]
+    if not settings.distill_loss_weight:
+        return None
+    return open_teacher(settings.teacher or "dense", dense, world.device, dense.num_classes)
 
 
 def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], world: World) -> Plan:

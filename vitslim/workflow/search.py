@@ -1,19 +1,22 @@
 """Step one: learn which attention dimensions, MLP units and tokens matter."""
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from timm.layers import DropPath
 from torch import nn
 
 from ..checkpoint import load, save
 from ..errors import VitslimError
-from ..masks import KINDS, Masks, sparsity_loss
+from ..masks import KINDS, Masks
 from ..surgery import mask
+from .forecast import Forecast
+from .penalty import Penalty
 from .settings import Settings
 from .state import StageFolder
 from .train import journal_for, stage_args, train
+from .watch import Watch
 from .world import World, seed_everything
 
 
@@ -26,7 +29,12 @@ def search(
     granularity: str = "head_dim",
     kinds: Iterable[str] = KINDS,
     token_start: str = "paper",
+    token_gate: str = "input",
     skip: Iterable[str] = (),
+    teacher: nn.Module | None = None,
+    budgets: Mapping[str, Mapping[str, Any]] | None = None,
+    planning: Mapping[str, Any] | None = None,
+    fold: bool = True,
     resume: bool = False,
     summary: Path | None = None,
     base: str = "",
@@ -41,7 +49,12 @@ def search(
         granularity: `head_dim`, `uniform` or `head`.
         kinds: Which masks take part.
         token_start: Whether token gates start at the paper's tanh(3) or at one.
+        token_gate: Whether they scale the input of a layer, as in the paper, or weigh its keys.
         skip: Blocks to leave alone.
+        teacher: A model to imitate where `settings.distill_loss_weight` is set.
+        budgets: By name; the model cut to each of them is evaluated after every epoch.
+        planning: Arguments of `vitslim.threshold` for that.
+        fold: Argument of `vitslim.slim` for that.
         resume: Whether to go on with what is in the folder.
         summary: Folder of summary.csv, if not `folder`.
         base: Which model this is, for the record.
@@ -54,22 +67,30 @@ def search(
         granularity=granularity,
         kinds=kinds,
         token_start=token_start,
+        token_gate=token_gate,
         skip=skip,
     )
-    stage = open_stage(folder, args, resume)
+    stage = open_stage(folder, args, resume, settings.checkpoint_keep)
     if stage.result() is not None:
         return load(folder)
     seed_everything(settings.seed, 0)
-    masked = mask(model, granularity, kinds, token_start, skip)
+    masked = mask(model, granularity, kinds, token_start, skip, token_gate)
     set_drop_path(masked, settings.drop_path)
-    penalty = functools.partial(
-        sparsity_loss,
-        attention=settings.l1_attention,
-        mlp=settings.l1_mlp,
-        token=settings.l1_token,
-    )
     journal = journal_for("search", summary or folder, world)
-    outcome = train(masked, settings, stage, world, journal, penalty=penalty)
+    output = summary or folder
+    forecast = None
+    if settings.forecast and budgets:
+        forecast = Forecast(budgets, planning or {}, fold, output, journal)
+    outcome = train(
+        masked,
+        settings,
+        stage,
+        world,
+        journal,
+        penalty=Penalty(settings),
+        teacher=teacher if settings.distill_loss_weight else None,
+        after=Watch("search", output, settings, world, forecast),
+    )
     if world.primary:
         save(outcome.model, folder)
         Masks.of(outcome.model).save(folder / "masks.safetensors")
@@ -78,9 +99,9 @@ def search(
     return outcome.model
 
 
-def open_stage(folder: Path, args: dict[str, object], resume: bool) -> StageFolder:
+def open_stage(folder: Path, args: dict[str, object], resume: bool, keep: int = 2) -> StageFolder:
     """Opens the folder of a stage; what is in it already is gone on with only if asked."""
-    stage = StageFolder(folder, args)
+    stage = StageFolder(folder, args, keep)
     if stage.started and not resume:
         raise VitslimError(
             f"{folder} holds an earlier run: add --resume to go on with it, "

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .ongoing import Progress
+
 DASH = "\N{EN DASH}"
 
 
@@ -43,6 +45,91 @@ class Row:
     macs: str
     macs_ratio: str
     latency: Sequence[tuple[str, str, str]]
+
+
+STAGE_NAMES = {"dense": "Dense model", "search": "Search", "retrain": "Retraining"}
+WHAT = {"run": "run", "search": "search", "retrain": "retraining", "dense": "training"}
+NO_SLIM = {
+    "run": "There is no finished slim model in this run folder yet",
+    "search": "This folder holds a search: it learns what can be removed, and removes nothing yet",
+    "retrain": "There is no finished slim model in this folder yet",
+    "dense": "This folder holds the training of a dense model",
+}
+
+
+def opening(kind: str, summary: Mapping[str, Any]) -> str:
+    """Says what a folder without a finished slim model holds."""
+    text = f"{NO_SLIM[kind]}. Below is what can be shown so far."
+    if kind == "search" and (accuracy := accuracy_of(summary.get("masked"))) is not None:
+        text = f"{NO_SLIM[kind]}. With its masks on, the model reaches {percent(accuracy)}."
+    return text
+
+
+def stage_title(name: str) -> str:
+    """Writes the name of a stage for readers: `retrain/macs=60%` is `Retraining, macs=60%`."""
+    stage, _, budget = name.partition("/")
+    return STAGE_NAMES.get(stage, stage) + (f", {budget}" if budget else "")
+
+
+def steps(progress: Sequence[Progress]) -> list[tuple[str, str, str]]:
+    """Makes the table of stages: name, epochs done, and what that means."""
+    now = _now(progress)
+    return [
+        (
+            stage_title(step.name),
+            epochs(step),
+            _state(step, now),
+        )
+        for step in progress
+    ]
+
+
+def standing(progress: Sequence[Progress], read_at: float) -> str | None:
+    """Says in a sentence what is going on and how far it is, or None if all stages are done."""
+    step = _now(progress)
+    if step is None:
+        return None
+    text = f"{stage_title(step.name)}: {epochs(step)} epochs done"
+    if step.written is None and not step.epochs:
+        return f"{text}; no checkpoint has been written yet."
+    if step.of and step.seconds:
+        text += f", about {duration((step.of - step.epochs) * step.seconds)} to go at this speed"
+    if step.written is None:
+        return f"{text}."
+    age = max(0.0, read_at - step.written)
+    text += f"; the last checkpoint was written {duration(age)} before this page."
+    if step.seconds and age > 60 + 3 * step.seconds:
+        text += " That is longer than it takes, so it has probably stopped: go on with --resume."
+    return text
+
+
+def _state(step: Progress, now: Progress | None) -> str:
+    if step.finished:
+        return "finished"
+    begun = step.epochs > 0 or step.written is not None
+    return "not begun" if step is not now else "going on" if begun else "next"
+
+
+def _now(progress: Sequence[Progress]) -> Progress | None:
+    """Returns the stage that is going on: the first that is not done, for they run in turn."""
+    return next((step for step in progress if not step.finished), None)
+
+
+def epochs(step: Progress) -> str:
+    """Formats how far a stage is: `7.4 of 50`."""
+    if step.finished and not step.epochs:
+        return DASH
+    done = f"{step.epochs:.1f}".removesuffix(".0")
+    return done if step.of is None else f"{done} of {step.of}"
+
+
+def duration(seconds: float) -> str:
+    """Formats a time roughly: `40 seconds`, `3 minutes`, `2.5 hours`, `4 days`."""
+    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * size:
+            digits = 1 if unit != "minutes" and seconds < 10 * size else 0
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def latency_sizes(summary: Mapping[str, Any]) -> list[str]:

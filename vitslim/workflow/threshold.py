@@ -27,6 +27,7 @@ def threshold(
     round_to: int = 8,
     token_rule: str = "running-min",
     floor: int = 1,
+    ranking: str = "fractions",
 ) -> Plan:
     """Returns the largest plan within a budget.
 
@@ -34,16 +35,29 @@ def threshold(
     exactly round(fraction * n) units of a kind stay. With rounding, or for a budget of params or
     MACs, the plan is the largest one on the ranking that does not exceed the budget.
 
+    A budget of params or MACs leaves open what each kind gives. The paper's masks are ranked kind
+    by kind, so that one fraction for all kinds is the way nearest to it. The other way is to rank
+    the units of all kinds together, by what they are worth for what they cost,
+
+        score = |mask| / MACs of the unit in the model before anything is cut
+
+    where a unit is an attention dimension (its part of qkv, of proj and of the two products), a
+    hidden unit, or a token's row in a layer.
+
     Args:
         model: A masked model; or, with `masks`, the dense one, on any device, "meta" included.
         budget: {"macs": "60%"}, {"params": "12M"}, {"attention": 0.7, "mlp": 0.7, "token": 0.8},
-            or text such as "macs=60%,token=0.8". Kinds that are searched but not named share one
-            fraction that meets params or macs; without params or macs they are kept whole.
+            or text such as "macs=60%,token=0.8". Kinds that are searched but not named meet
+            params or macs together, see `ranking`; without params or macs they are kept whole.
         masks: What the search learned, if the model does not carry it.
         round_to: Width of a head and of an MLP is a multiple of this, or whole. 1 is exact.
         token_rule: "running-min", the paper's: a token dropped in a layer is dropped in all later
             ones. "any-deeper", the published code's: it stays while any deeper layer keeps it.
         floor: Attention dimensions, hidden units and patches that every layer keeps at least.
+        ranking: How params or macs are met. "fractions": all kinds keep one fraction of their
+            units. "macs": the kinds are one ranking by score per MAC, of which the largest
+            beginning stays that meets the budget. In both ways each kind then takes what room is
+            left to it.
 
     Raises:
         VitslimError: The budget cannot be read, or is out of reach; the message names the range.
@@ -51,7 +65,7 @@ def threshold(
     asked = parse_budget(budget) if isinstance(budget, str) else dict(budget)
     masks = Masks.of(model) if masks is None else masks
     geometry = Geometry.of(model)
-    ranking = Ranking(masks, geometry, round_to, token_rule, floor)
+    ranked = Ranking(masks, geometry, round_to, token_rule, floor, ranking)
     fractions, limits = _understood(asked, masks, geometry)
     free = [kind for kind in masks.kinds() if kind not in fractions]
     if limits and not free:
@@ -59,11 +73,11 @@ def threshold(
             f"every kind that was searched has its own fraction, so nothing is left to meet "
             f"{', '.join(limits)}; drop one of them from the budget"
         )
-    fixed = {kind: _exactly(ranking, kind, f) for kind, f in fractions.items()}
-    counts = {kind: ranking.count(kind) for kind in free}
+    fixed = {kind: _exactly(ranked, kind, f) for kind, f in fractions.items()}
+    counts = {kind: ranked.count(kind) for kind in free}
     if limits:
-        counts = _largest(ranking, geometry, fixed, free, limits)
-    blocks = ranking.blocks(fixed | counts)
+        counts = _largest(ranked, geometry, fixed, free, limits, ranking)
+    blocks = ranked.blocks(fixed | counts)
     reached = geometry.cost(geometry.planned(blocks))
     return Plan(describe(model), asked, reached._asdict(), round_to, blocks)
 
@@ -189,6 +203,7 @@ def _largest(
     fixed: dict[str, int],
     free: list[str],
     limits: dict[str, float],
+    how: str,
 ) -> dict[str, int]:
     """Returns how many units of the free kinds stay: the most that keeps within the limits."""
 
@@ -209,11 +224,16 @@ def _largest(
                 f"{_amount(low[name])} to {_amount(high[name])} "
                 f"({100 * low[name] / dense[name]:.0f}% to 100% of the dense model)"
             )
-    # One common fraction first, in steps finer than a unit; then each kind alone takes what room
-    # is left, because all kinds rounding up at once can leave some.
-    steps = max(ranking.count(kind) for kind in free)
-    step = _bisect(steps, lambda s: fits({k: ranking.exact(k, s / steps) for k in free}))
-    counts = {kind: ranking.exact(kind, step / steps) for kind in free}
+    if how == "macs":
+        units = sum(ranking.count(kind) for kind in free)
+        counts = ranking.best(free, _bisect(units, lambda n: fits(ranking.best(free, n))))
+    else:
+        # In steps finer than a unit.
+        steps = max(ranking.count(kind) for kind in free)
+        step = _bisect(steps, lambda s: fits({k: ranking.exact(k, s / steps) for k in free}))
+        counts = {kind: ranking.exact(kind, step / steps) for kind in free}
+    # Then each kind alone takes what room is left: a step of all kinds at once can leave some, and
+    # a limit need not concern them all, as tokens have no parameters.
     for kind in free:
         rest = {other: count for other, count in counts.items() if other != kind}
         counts[kind] = _bisect(ranking.count(kind), partial(_fits_with, fits, rest, kind))

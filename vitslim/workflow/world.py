@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import VitslimError
 
@@ -30,10 +31,25 @@ class World:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wraps the model so that gradients are averaged over processes; alone, does nothing."""
-        if self.size == 1:
+        if self.size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True
+        )
+
+    @contextmanager
+    def apart(self, net: nn.Module) -> Iterator[None]:
+        """Lets gradients of a wrapped model pile up here, without averaging them yet."""
+        if isinstance(net, nn.parallel.DistributedDataParallel):
+            with net.no_sync():
+                yield
+        elif isinstance(net, FSDPModule):
+            net.set_requires_gradient_sync(False)
+            yield
+            net.set_requires_gradient_sync(True)
+        else:
+            yield
 
     def total(self, values: list[float]) -> list[float]:
         """Sums numbers over all processes."""
@@ -42,6 +58,10 @@ class World:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
+
+    def any(self, said: bool) -> bool:
+        """Returns whether any process says so."""
+        return self.total([said])[0] > 0
 
     def wait(self) -> None:
         """Waits for every process, so that files of the primary one are there to be read."""
@@ -74,9 +94,9 @@ def _local(device: str) -> torch.device:
     )
 
 
-def seed_everything(seed: int, epoch: int, rank: int = 0) -> None:
-    """Seeds torch, numpy and random from (seed, epoch, rank), so that an epoch can be replayed."""
-    mixed = (seed * 1_000_003 + epoch * 1009 + rank) % 2**32
+def seed_everything(seed: int, update: int, rank: int = 0) -> None:
+    """Seeds torch, numpy and random from (seed, update, rank), so that it can be replayed."""
+    mixed = int(np.random.SeedSequence((seed, update, rank)).generate_state(1)[0])
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)

@@ -1,0 +1,68 @@
+"""The one recipe that every model of the study is trained and judged by."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitslim.workflow.data import open_data
+from vitslim.workflow.journal import Journal
+from vitslim.workflow.models import DIGITS_KWARGS, DIGITS_MODEL
+from vitslim.workflow.settings import Settings, settings_for
+from vitslim.workflow.state import StageFolder
+from vitslim.workflow.train import train
+from vitslim.workflow.world import World, seed_everything
+
+# Narrower than the model of `vitslim run`, for a few hundred of these are trained.
+MODEL: dict[str, Any] = {**DIGITS_KWARGS, "embed_dim": 64, "num_heads": 4}
+EPOCHS = {"dense": 24, "search": 15, "retrain": 15}
+# A forecast after every epoch of a search would take longer than the search.
+COMMON: dict[str, Any] = {"device": "cpu", "forecast": False}
+WORLD = World(torch.device("cpu"))
+
+
+def stage_settings(stage: str, seed: int, **more: Any) -> Settings:
+    """Returns the settings of a stage: those of `vitslim run` on digits, with fewer epochs."""
+    return settings_for(stage, {**COMMON, "epochs": EPOCHS[stage], "seed": seed, **more})
+
+
+def fresh(seed: int) -> nn.Module:
+    """Builds the dense model with random weights."""
+    seed_everything(seed, 0)
+    model = timm.create_model(DIGITS_MODEL, **MODEL)
+    nn.init.normal_(model.pos_embed, std=0.5)
+    return model
+
+
+def renew(model: nn.Module, seed: int) -> nn.Module:
+    """Gives a model of any widths the random weights of a fresh one, in place."""
+    seed_everything(seed, 0)
+    model.init_weights(MODEL["weight_init"])
+    nn.init.normal_(model.pos_embed, std=0.5)
+    return model
+
+
+def fit(model: nn.Module, settings: Settings) -> nn.Module:
+    """Trains anything with a timm vision transformer's attributes by the loop of the library."""
+    seed_everything(settings.seed, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        stage = StageFolder(Path(folder), {})
+        journal = Journal("study", None, quiet=True)
+        return train(model, settings, stage, WORLD, journal).model
+
+
+@torch.no_grad()
+def scores(model: nn.Module, settings: Settings) -> dict[str, float]:
+    """Returns accuracy in percent and mean cross-entropy over the held-out images."""
+    model.eval()
+    right = loss = seen = 0.0
+    for images, target in open_data(settings, model, WORLD).held_out():
+        logits = model(images)
+        right += float((logits.argmax(1) == target).sum())
+        loss += float(F.cross_entropy(logits, target, reduction="sum"))
+        seen += len(target)
+    return {"accuracy": 100 * right / seen, "cross_entropy": loss / seen}

@@ -1,0 +1,176 @@
+"""The verbs that train: what was asked for is put together, recorded, and handed on."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .errors import VitslimError
+from .files import atomic_write
+from .workflow.asked import Asked, ask, record
+from .workflow.choices import MASK, PLANNING, Choices
+from .workflow.options import STAGES
+
+if TYPE_CHECKING:
+    from .workflow.world import World
+
+# torch and timm are imported inside the verbs, where they are needed.
+
+
+def run_verb(given: dict[str, Any]) -> None:
+    from .workflow.run import Job, run
+
+    resume, asked = _resume(given), asked_by(given)
+    choices, stages = asked.choices, asked.stages(*STAGES)
+    if not choices.budget:
+        raise VitslimError("--budget is needed.")
+    output = _output(choices)
+    model = choices.model or ("digits" if stages["search"].data == "digits" else None)
+    if model is None:
+        raise VitslimError("--model is needed: a timm name or a saved folder.")
+    choices = dataclasses.replace(choices, model=model)
+    _check_supported(choices)
+    job = Job(
+        output=output,
+        budgets=choices.budget,
+        stages=stages,
+        model=model,
+        pretrained=choices.pretrained,
+        model_kwargs=choices.model_kwargs,
+        mask=choices.some(MASK),
+        threshold=choices.some(PLANNING),
+        fold=choices.fold,
+        resume=resume,
+        given=record(dataclasses.asdict(choices), stages),
+    )
+    run(job)
+
+
+def search_verb(given: dict[str, Any]) -> None:
+    from .workflow.models import open_model, open_teacher
+    from .workflow.search import search
+    from .workflow.threshold import budget_name, parse_budget
+    from .workflow.world import open_world, seed_everything
+
+    resume, asked = _resume(given), asked_by(given)
+    choices, stages = asked.choices, asked.stages("search")
+    name, output, settings = model_of(choices), _output(choices), stages["search"]
+    budgets = [parse_budget(text) for text in choices.budget]
+    _check_supported(choices)
+    world = open_world(settings.device)
+    seed_everything(settings.seed, 0)
+    dense = open_model(name, choices.pretrained, choices.model_kwargs)
+    teacher = None
+    if settings.teacher is not None:
+        classes = None if settings.distill_type == "feature" else dense.num_classes
+        teacher = open_teacher(settings.teacher, dense, world.device, classes)
+    with _recorded(output, record(dataclasses.asdict(choices), stages), world):
+        search(
+            dense,
+            settings,
+            output,
+            world,
+            **choices.some(MASK),
+            teacher=teacher,
+            budgets={budget_name(budget): budget for budget in budgets},
+            planning=choices.some(PLANNING),
+            fold=choices.fold,
+            resume=resume,
+            base=name,
+        )
+
+
+def retrain_verb(given: dict[str, Any]) -> None:
+    from .checkpoint import load
+    from .workflow.models import open_dense, open_plan, open_teacher
+    from .workflow.retrain import retrain
+    from .workflow.world import open_world
+
+    folder, path, base = given.pop("search"), given.pop("plan"), given.pop("dense", None)
+    resume, asked = _resume(given), asked_by(given)
+    choices, stages = asked.choices, asked.stages("retrain")
+    output, settings = _output(choices), stages["retrain"]
+    if settings.distill_loss_weight and asked.chosen["retrain"].get("teacher") is None:
+        raise VitslimError(
+            "--distill-loss-weight needs --teacher: dense, a timm name or a saved folder."
+        )
+    if base is not None and settings.teacher != "dense":
+        raise VitslimError("--dense tells what --teacher dense means, and needs it.")
+    folder, plan = search_folder(folder), open_plan(path)
+    masked = load(folder)
+    world = open_world(settings.device)
+    teacher = None
+    if settings.teacher is not None:
+        dense = open_dense(folder, base) if settings.teacher == "dense" else None
+        classes = None if settings.distill_type == "feature" else masked.num_classes
+        teacher = open_teacher(settings.teacher, dense, world.device, classes)
+    with _recorded(output, record(choices.some(("output", "fold")), stages), world):
+        result = retrain(
+            masked,
+            plan,
+            settings,
+            output,
+            world,
+            fold=choices.fold,
+            teacher=teacher,
+            resume=resume,
+        )
+    if world.primary:
+        print(f"{output}: accuracy {result['retrained']['accuracy']:.2f} %")
+
+
+def asked_by(given: dict[str, Any]) -> Asked:
+    """Lays the flags over the recipes of -c."""
+    return ask(given.pop("config", ()), given)
+
+
+def _resume(given: dict[str, Any]) -> bool:
+    return given.pop("resume", None) == "auto"
+
+
+def _output(choices: Choices) -> Path:
+    if choices.output is None:
+        raise VitslimError("--output is needed.")
+    return Path(choices.output)
+
+
+def model_of(choices: Choices) -> str:
+    if choices.model is None:
+        raise VitslimError(
+            "MODEL is needed: a timm name or a saved folder, or a recipe of -c that names one."
+        )
+    return choices.model
+
+
+def _check_supported(choices: Choices) -> None:
+    """Refuses a model that cannot be masked before its weights are fetched or any data is read."""
+    from .surgery import check_model
+    from .workflow.models import meta_model
+
+    if not Path(name := model_of(choices)).is_dir():
+        check_model(meta_model(name, choices.model_kwargs), choices.kinds, "masked")
+
+
+@contextmanager
+def _recorded(output: Path, recipe: dict[str, Any], world: "World") -> Iterator[None]:
+    """Writes args.yaml of a stage: before one that begins, and after one that went on and could."""
+    from .workflow.state import StageFolder
+
+    if (output / "search").is_dir():
+        raise VitslimError(f"{output} is the folder of a whole run: give another --output.")
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    if world.primary and not StageFolder(output, {}).started:
+        atomic_write(output / "args.yaml", text)
+    yield
+    if world.primary:
+        atomic_write(output / "args.yaml", text)
+
+
+def search_folder(name: str) -> Path:
+    """Accepts a search's folder or the run folder around it."""
+    folder = Path(name)
+    inner = folder / "search"
+    return inner if (inner / "masks.safetensors").exists() else folder
