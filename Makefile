@@ -34,8 +34,8 @@ bench-cpu: $(VENV)/.runtimes
 	$(PY) benchmarks/plots.py
 	$(PY) benchmarks/tables.py
 
-# The ablations and the baselines on digits, 5 seeds; stopped, it goes on by the same command. Half
-# an hour on two cores that do nothing else.
+# The ablations and the baselines on digits, 5 seeds; stopped, it goes on by the same command.
+# Three quarters of an hour on two cores that do nothing else.
 ablation: $(VENV)/.runtimes
 	$(PY) -m benchmarks.ablation.study
 	$(PY) -m benchmarks.ablation.tables
@@ -78,7 +78,7 @@ gpu-install:
 
 gpu-test:
 	$(GPU_PY) -m pytest $(GPU_TEST) tests/ops -k cuda
-	$(GPU_PY) -m pytest $(GPU_TEST) tests/layers tests/test_surgery.py
+	$(GPU_PY) -m pytest $(GPU_TEST) tests/layers tests/test_surgery.py tests/workflow/test_cuda.py
 	$(GPU_PY) -m pytest tests/ops/test_native.py tests/test_bfloat16_products.py -rs
 	$(GPU_BENCH) --smoke $(wildcard benchmarks/bench_*_cuda.py)
 

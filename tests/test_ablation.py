@@ -114,13 +114,11 @@ def test_random_scores_depend_on_the_seed_alone_and_make_a_plan(ablation, model)
     assert 0.38 < plan.reached["macs"] / vitslim.cost(model).macs <= 0.4
 
 
-@pytest.mark.parametrize("inner", [True, False])
-def test_torch_pruning_fills_the_budget_with_heads_of_one_width(ablation, model, batch, inner):
+def test_torch_pruning_fills_the_budget_with_heads_of_one_width(ablation, model, batch):
     pytest.importorskip("torch_pruning")
     dense = vitslim.cost(model).macs
-    pruned = ablation("uniform").prune(model.float(), 0.5 * dense, [_single(batch)], inner)
+    pruned = ablation("uniform").prune(model.float(), 0.5 * dense, [_single(batch)])
     assert 0.45 < vitslim.cost(pruned).macs / dense <= 0.5
-    assert (pruned.embed_dim == 16) == inner
     shapes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks}
     assert len(shapes) == 1
     with FlopCounterMode(display=False) as counter:
@@ -205,16 +203,13 @@ def test_tables_judge_every_setting_by_its_own_reference(ablation, results):
     )
 
 
-def test_a_rival_is_judged_in_the_way_that_suits_it_better(ablation, results):
-    text = "\n".join(ablation("tables").sections(results))
-    line = next(line for line in text.splitlines() if line.startswith("- At 30%"))
-    assert "wins against random;" in line
-    assert line.endswith("loses against magnitude.")
-    assert "no difference to Taylor, Torch-Pruning" in line
-    assert (
-        "| random, cut at once, retrained longer | 3 / 5 | 4 / 6 |".replace("3 / 5", "3 / 5")
-        in text
-    )
+def test_a_rival_is_judged_in_its_better_way_and_on_our_schedule(ablation, results):
+    lines = "\n".join(ablation("tables").sections(results)).splitlines()
+    better, own = (line for line in lines if line.startswith("- At 30%"))
+    assert "wins against random; shows no difference to Taylor, Torch-Pruning, from scr" in better
+    assert better.endswith("loses against magnitude.")
+    assert own.endswith("to Taylor, Torch-Pruning; loses against magnitude.")
+    assert "| random, cut at once, retrained longer | 3 / 5 | 4 / 6 |" in lines
 
 
 def test_the_picture_is_drawn_and_small(ablation, results):

@@ -234,7 +234,7 @@ def _report(verbs: Any) -> None:
     parser = _verb(
         verbs, "report", "RUN", "draw the report of a run again", "vitslim report runs/digits"
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, a search or a retraining")
 
 
 def _info(verbs: Any) -> None:

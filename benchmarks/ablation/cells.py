@@ -1,9 +1,9 @@
 """What is trained: one function for each kind of cell, from what lies in the folder of the study.
 
 A cell is one model of one seed. What it writes is JSON: how good the model is right after the cut
-and after training, and what it costs. Rivals have no search, so they get its epochs in the better
-of two ways: cut at once and retrained for as long as search and retraining take together, or
-trained on as the dense model for as long as the search takes, and cut then.
+and after training, and what it costs. Rivals have no search, so they get its epochs in two ways:
+cut at once and retrained for as long as search and retraining take together, or trained on as the
+dense model for as long as the search takes, and cut then.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ VARIANTS = {
     "score per MAC": Variant("f", threshold={"ranking": "macs"}),
 }
 CRITERIA = ("random", "magnitude", "Taylor")
-RIVALS = (*CRITERIA, "Torch-Pruning", "Torch-Pruning, all widths")
+RIVALS = (*CRITERIA, "Torch-Pruning")
 
 
 def dense(folder: Path, seed: int) -> dict[str, Any]:
@@ -128,8 +128,7 @@ def rival(folder: Path, seed: int, budget: str, name: str, at_once: bool) -> dic
         small = slim(model, threshold(model, {"macs": budget}, masks=masks, round_to=1))
     else:
         macs = float(budget.rstrip("%")) / 100 * cost(model).macs
-        inner = not name.endswith("all widths")
-        small = uniform.prune(model, macs, data.epoch(0), inner)
+        small = uniform.prune(model, macs, data.epoch(0))
     epochs = EPOCHS["retrain"] + (EPOCHS["search"] if at_once else 0)
     return _retrained(small, seed, epochs)
 

@@ -26,7 +26,7 @@ from vitslim import VitslimError
 from vitslim.files import atomic_write
 
 from . import cells
-from .recipe import EPOCHS, MODEL
+from .recipe import EPOCHS, MODEL, RATES
 
 RESULTS = records.FOLDER / "ablation-digits.json"
 BUDGETS = ("30%", "15%")
@@ -124,7 +124,7 @@ def run(plan: Sequence[Sequence[Cell]], folder: Path, jobs: int) -> None:
 
 def claim(folder: Path) -> None:
     """Refuses a folder whose cells were made by another recipe."""
-    path, recipe = folder / "recipe.json", json.dumps({"model": MODEL, "epochs": EPOCHS}) + "\n"
+    path, recipe = folder / "recipe.json", json.dumps([MODEL, EPOCHS, RATES]) + "\n"
     if path.exists() and path.read_text() != recipe:
         raise VitslimError(f"{folder} holds a study of another recipe: give another --folder.")
     atomic_write(path, recipe)

@@ -19,17 +19,16 @@ def prune(
     model: nn.Module,
     macs: float,
     batches: Iterable[tuple[Tensor, Tensor]],
-    inner: bool = True,
 ) -> nn.Module:
     """Returns the largest copy of timm's ViT, all layers cut alike, that is within a budget.
 
-    Importance is Torch-Pruning's own Taylor expansion over groups of coupled parameters.
+    Importance is Torch-Pruning's own Taylor expansion over groups of coupled parameters. The
+    residual stream keeps its width, as it does in all our plans: cut too, it ends far worse here.
 
     Args:
         model: The dense model; its gradients are replaced.
         macs: Multiply-accumulates it may take.
         batches: Training images that importance is measured on.
-        inner: Whether the residual stream keeps its width, as it does in all our plans.
     """
     model.eval()
     model.zero_grad()
@@ -47,12 +46,12 @@ def prune(
 
     # One ratio for all widths leaves room in the budget, for a head loses whole dimensions of a
     # few. The hidden units, which are many, take that room.
-    ratio = largest(lambda every: _pruned(model, every, every, inner))
-    hidden = largest(lambda hidden: _pruned(model, ratio, hidden, inner))
-    return _pruned(model, ratio, hidden, inner)
+    ratio = largest(lambda every: _pruned(model, every, every))
+    hidden = largest(lambda hidden: _pruned(model, ratio, hidden))
+    return _pruned(model, ratio, hidden)
 
 
-def _pruned(model: nn.Module, ratio: float, hidden: float, inner: bool) -> nn.Module:
+def _pruned(model: nn.Module, ratio: float, hidden: float) -> nn.Module:
     import torch_pruning
 
     small = copy.deepcopy(model)
@@ -60,7 +59,7 @@ def _pruned(model: nn.Module, ratio: float, hidden: float, inner: bool) -> nn.Mo
         parameter.grad = dense.grad.clone()
     attentions = [module for module in small.modules() if isinstance(module, Attention)]
     # What is ignored keeps its outputs: those of fc2 are the whole residual stream.
-    ignored = [small.head, *(block.mlp.fc2 for block in small.blocks if inner)]
+    ignored = [small.head, *(block.mlp.fc2 for block in small.blocks)]
     with warnings.catch_warnings():
         # It tells how it will prune the position embedding, and it is right.
         warnings.filterwarnings("ignore", message="Unwrapped parameters")
@@ -75,7 +74,6 @@ def _pruned(model: nn.Module, ratio: float, hidden: float, inner: bool) -> nn.Mo
         )
     pruner.step()
     small.zero_grad()
-    small.embed_dim = small.num_features = small.norm.normalized_shape[0]
     for attn in attentions:
         attn.num_heads = pruner.num_heads[attn.qkv]
         attn.attn_dim = attn.proj.in_features

@@ -45,7 +45,8 @@ def run(name: str, folder: Path, processes: int, more: list[str], stop: bool = F
         while not list((folder / name).glob("state/step-*06")):
             time.sleep(0.01)
         os.kill(started[0], signal.SIGTERM)
-    if any([forked.finish(process) for process in started]):
+    statuses = [forked.finish(process) for process in started]
+    if any(statuses):
         sys.exit(f"{name}: {log.read_text()}")
 
 

@@ -84,5 +84,5 @@ def test_what_two_processes_began_one_can_end(shared: Path, tmp_path: Path) -> N
     command = [sys.executable, HERE / "share_stages.py", shared, shared / "images", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch 1" in (tmp_path / "fewer.log").read_text()
+    assert "going on after epoch" in (tmp_path / "fewer.log").read_text()
     assert difference(shared / "one", tmp_path / "fewer") < 1e-6

@@ -1,6 +1,5 @@
 """States of a stage: whole or absent, damage told in a sentence, changed arguments named."""
 
-import json
 from pathlib import Path
 
 import pytest

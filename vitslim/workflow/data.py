@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from ..errors import VitslimError
-from .datasets import DIGITS_CLASSES as DIGITS_CLASSES
-from .datasets import DIGITS_MEAN as DIGITS_MEAN
-from .datasets import DIGITS_STD as DIGITS_STD
-from .datasets import open_datasets
+from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
 from .images import Shard, told
 from .latency import input_shape
 from .loading import Ordered, Streamed, around
@@ -90,16 +87,25 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
     opened = open_datasets(settings, "L" if shape[0] == 1 else "RGB", world)
     _check_classes(settings, model, opened.num_classes)
     config = resolve_data_config({"input_size": shape}, model=model)
-    if settings.data == "digits":
-        config |= {"mean": (DIGITS_MEAN,) * shape[0], "std": (DIGITS_STD,) * shape[0]}
-    elif shape[0] == 1 and len(config["mean"]) == 3:
-        config |= {"mean": (0.5,), "std": (0.5,)}
+    config["mean"], config["std"] = image_statistics(model, settings, shape[0])
     return Data(
         _training(opened.train, settings, config, world),
         _evaluation(opened.held_out, settings, config, world),
         opened.num_classes or _classes(model),
         world.device,
     )
+
+
+def image_statistics(
+    model: nn.Module, settings: Settings, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation, per channel, that images for a model are normalised with."""
+    if settings.data == "digits":
+        return (DIGITS_MEAN,) * channels, (DIGITS_STD,) * channels
+    config = resolve_data_config(model=model)
+    if channels == 1 and len(config["mean"]) == 3:
+        return (0.5,), (0.5,)
+    return config["mean"], config["std"]
 
 
 def _training(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Training:

@@ -18,7 +18,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..errors import VitslimError
-from .data import DIGITS_MEAN, DIGITS_STD
+from .data import image_statistics
 from .latency import input_shape
 from .settings import Settings
 
@@ -143,8 +143,10 @@ class Teacher(nn.Module):
                 "take a teacher of the same classes, or --distill-type feature."
             )
         shape = input_shape(student)
-        given_mean, given_std = _statistics(student, settings, shape[0])
-        mean, std = _statistics(model, settings, shape[0])
+        (given_mean, given_std), (mean, std) = (
+            torch.tensor(image_statistics(each, settings, shape[0]), dtype=torch.float64)
+            for each in (student, model)
+        )
         like = next(model.parameters()).new_empty(0)
         # Of the student's x, the teacher sees (x given_std + given_mean - mean) / std.
         for name, values in (("scale", given_std / std), ("shift", (given_mean - mean) / std)):
@@ -209,17 +211,6 @@ def _own_size(model: nn.Module) -> tuple[int, int]:
     except VitslimError:
         height, width = resolve_data_config(model=model)["input_size"][1:]
         return height, width
-
-
-def _statistics(model: nn.Module, settings: Settings, channels: int) -> tuple[Tensor, Tensor]:
-    """Returns mean and deviation of the images a model is shown, [channels], in float64."""
-    config = resolve_data_config(model=model)
-    mean, std = config["mean"], config["std"]
-    if settings.data == "digits":
-        mean, std = (DIGITS_MEAN,), (DIGITS_STD,)
-    elif channels == 1 and len(mean) == 3:
-        mean, std = (0.5,), (0.5,)
-    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
 
 def _projection(student: nn.Module, width: int, seed: int) -> nn.Linear:

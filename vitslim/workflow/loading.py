@@ -1,6 +1,8 @@
 """Training batches epoch by epoch, from timm's loader around our order of the images."""
 
-from collections.abc import Iterator
+import functools
+import signal
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import VitslimError
+from .interrupt import SIGNALS
 from .sampling import Order, Seeded, SeededErasing
 from .settings import Settings
 from .streams import Stream
@@ -31,13 +34,21 @@ def around(loader: Any, dataset: Any, **how: Any) -> Any:
         num_workers=inner.num_workers,
         collate_fn=inner.collate_fn,
         pin_memory=inner.pin_memory,
-        worker_init_fn=inner.worker_init_fn,
+        worker_init_fn=functools.partial(_begin_worker, inner.worker_init_fn),
         **how,
     )
     if inner is loader:
         return other
     loader.loader = other
     return loader
+
+
+def _begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
+    """Leaves signals to the main process, which finishes its update with what workers load."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if begin is not None:
+        begin(number)
 
 
 class Ordered:

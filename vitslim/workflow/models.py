@@ -15,7 +15,7 @@ from ..errors import VitslimError
 from ..packed import PackedVisionTransformer, pack
 from ..plan import Plan
 from ..surgery import describe
-from .data import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
+from .datasets import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
 from .recipes import open_recipe
 from .state import read_json
 

@@ -1,5 +1,7 @@
 """The search's penalty in a training loop: how heavy it is by now, and in which way it acts."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,17 +35,23 @@ class Penalty:
         cost = sparsity_loss(model, **self._weights())
         return cost if (scale := self.scale(progress)) == 1 else cost * scale
 
-    def after_step(self, progress: float) -> None:
-        """Moves the masks, where that is the way."""
+    def after_step(self, progress: float, clipped: float) -> None:
+        """Moves the masks, where that is the way.
+
+        Args:
+            progress: Epochs done.
+            clipped: What clipping left of the gradient, from 0 to 1. The penalty is clipped with
+                it, as it would be in the loss.
+        """
         if self._proximal is not None:
-            self._proximal.step(self.scale(progress))
+            self._proximal.step(self.scale(progress) * clipped)
 
     def scale(self, progress: float) -> float:
         """Returns the fraction of the full weight after so many epochs."""
         growing = self.settings.l1_warmup_epochs
         return min(1.0, progress / growing) if growing else 1.0
 
-    def _weights(self) -> dict[str, float | str]:
+    def _weights(self) -> dict[str, Any]:
         chosen = self.settings
         return {
             "attention": chosen.l1_attention,

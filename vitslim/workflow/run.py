@@ -60,7 +60,7 @@ class Job:
         threshold: Arguments of `vitslim.threshold`.
         fold: Whether the masks' values are multiplied into the slim weights.
         resume: Whether to go on with what is in the folder.
-        given: What the user chose, for args.yaml.
+        given: The whole merged recipe, for args.yaml.
     """
 
     output: Path
@@ -99,12 +99,13 @@ def run(job: Job) -> dict[str, Any]:
         summary=job.output,
         base=job.model,
     )
+    # All of them before the first is retrained: one may be out of reach.
+    plans = {name: _plan(job, masked, name, budget, world) for name, budget in budgets.items()}
     slims = []
     for name, budget in budgets.items():
-        plan = _plan(job, masked, name, budget, world)
         result = retrain(
             masked,
-            plan,
+            plans[name],
             job.stages["retrain"],
             job.output / "retrain" / name,
             world,
@@ -167,7 +168,7 @@ def _claim(job: Job, world: World) -> None:
 
 
 def _write_args(job: Job) -> None:
-    """Writes what the user chose, in the form that `-c` reads."""
+    """Writes the whole merged recipe, in the form that `-c` reads."""
     atomic_write(job.output / "args.yaml", yaml.safe_dump(dict(job.given), sort_keys=False))
 
 
@@ -201,7 +202,8 @@ def _teacher(job: Job, stage: str, dense: nn.Module, world: World) -> nn.Module 
     settings = job.stages[stage]
     if not settings.distill_loss_weight:
         return None
-    return open_teacher(settings.teacher or "dense", dense, world.device, dense.num_classes)
+    classes = None if settings.distill_type == "feature" else dense.num_classes
+    return open_teacher(settings.teacher or "dense", dense, world.device, classes)
 
 
 def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], world: World) -> Plan:

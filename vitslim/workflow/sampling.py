@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-# Sets the seeds of erasing apart from those of the other augmentation of the same image.
-ERASING = 1
+# Sets the seeds of erasing apart from those of the other augmentation of the same image, and both
+# from those of an update of the weights.
+ERASING, UPDATE = 1, 2
 
 
 class Key(NamedTuple):

@@ -76,7 +76,7 @@ class Settings:
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass to save memory", free=True
     )
-    fsdp: bool = option(False, "shard the model over processes (FSDP2)", free=True)
+    fsdp: bool = option(False, "shard the model over processes (FSDP2)")
     seed: int = option(42, "seed of everything random")
     workers: int = option(4, "processes that load images; 0 loads in the main one", free=True)
     threads: int | None = option(
@@ -129,6 +129,11 @@ class Settings:
         for name in ("epochs", "batch_size", "grad_accum_steps", "checkpoint_keep"):
             if getattr(self, name) < 1:
                 raise VitslimError(f"--{name.replace('_', '-')} must be at least 1.")
+        for name in ("seed", "checkpoint_steps", "workers"):
+            if getattr(self, name) < 0:
+                raise VitslimError(f"--{name.replace('_', '-')} must not be negative.")
+        if self.fsdp and (self.compile or (self.amp and self.amp_dtype == "float16")):
+            raise VitslimError("--fsdp goes without --compile, and with --amp in bfloat16 only.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise VitslimError(
                 f"Mixup needs an even batch size, not {self.batch_size}: "

@@ -106,9 +106,9 @@ class Updater:
                     if self.penalty.in_loss:
                         part = part + cost
                 self.scaler.scale(part).backward()
-        told = self._step(loss, cost, batches[-1][0], where)
-        if self.penalty is not None:
-            self.penalty.after_step(progress)
+        told, clipped = self._step(loss, cost, batches[-1][0], where)
+        if self.penalty is not None and clipped is not None:
+            self.penalty.after_step(progress, clipped)
         return told
 
     def _loss(self, images: Tensor, target: Tensor) -> Tensor:
@@ -126,8 +126,14 @@ class Updater:
         settings = self.settings
         return settings.task_loss_weight * labels + settings.distill_loss_weight * imitation
 
-    def _step(self, loss: Tensor, cost: Tensor | None, images: Tensor, where: str) -> Told:
-        """Checks, clips and steps; the device is waited for once."""
+    def _step(
+        self, loss: Tensor, cost: Tensor | None, images: Tensor, where: str
+    ) -> tuple[Told, float | None]:
+        """Checks, clips and steps; the device is waited for once.
+
+        Returns:
+            What there is to tell, and what clipping left of the gradient; None without a step.
+        """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.trained.parameters() if p.grad is not None]
         norm = whole(get_total_norm([p.grad for p in parameters]))
@@ -144,7 +150,11 @@ class Updater:
             dispatch_clip_grad(parameters, clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return Told(value, paid)
+        told = Told(value, paid)
+        if not math.isfinite(length):
+            return told, None
+        by_norm = clip is not None and mode == "norm" and length > clip
+        return told, clip / length if by_norm else 1.0
 
     def _stop(self, what: str, images: Tensor, where: str) -> None:
         with autocast(self.world, self.settings):

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import random
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
@@ -14,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import VitslimError
+from .sampling import UPDATE, seed_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,8 @@ def open_world(device: str = "auto") -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise VitslimError("There is no CUDA device here: use --device cpu.")
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
+        _join_attempt(device)
     if dist.is_available() and dist.is_initialized():
         return World(_local(device), dist.get_rank(), dist.get_world_size())
     args = argparse.Namespace(device=device)
@@ -86,20 +88,31 @@ def open_world(device: str = "auto") -> World:
     return World(torch.device(args.device), args.rank, args.world_size)
 
 
+def _join_attempt(device: str) -> None:
+    """Joins the processes that torchrun started, under keys of this attempt alone.
+
+    After a restart its store still has the addresses of processes that are gone, and one that is
+    quicker than the others would take theirs for alive.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 def _local(device: str) -> torch.device:
-    return (
-        torch.device(device, torch.cuda.current_device())
-        if device == "cuda"
-        else torch.device(device)
-    )
+    if device.startswith("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
 
 
 def seed_everything(seed: int, update: int, rank: int = 0) -> None:
     """Seeds torch, numpy and random from (seed, update, rank), so that it can be replayed."""
-    mixed = int(np.random.SeedSequence((seed, update, rank)).generate_state(1)[0])
-    torch.manual_seed(mixed)
-    np.random.seed(mixed)
-    random.seed(mixed)
+    seed_from(seed, update, rank, UPDATE)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager
