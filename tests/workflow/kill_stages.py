@@ -29,7 +29,8 @@ TIMES = ("images_per_second", "seconds")
 def search(output: Path) -> list[str]:
     masks = ["--l1-attention", "1e-2", "--l1-mlp", "1e-2", "--l1-token", "1e-2"]
     model = ["vit_tiny_patch16_224", "--model-kwargs", *SMALL]
-    return ["search", *model, *masks, *HOW, "--output", str(output)]
+    budget = ["--budget", "macs=60%", "--round-to", "2"]
+    return ["search", *model, *masks, *budget, *HOW, "--output", str(output)]
 
 
 def retrain(output: Path) -> list[str]:
@@ -40,7 +41,8 @@ def retrain(output: Path) -> list[str]:
 
 def content(output: Path) -> dict[str, object]:
     """Everything a stage has come to, but the time it took."""
-    files = {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+    paths = [*output.glob("*.safetensors"), *output.glob("forecast.csv")]
+    files = {path.name: path.read_bytes() for path in paths}
     with (output / "summary.csv").open() as file:
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
     return {**files, "summary.csv": rows}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vitslim.workflow.state as state_module
+from vitslim.errors import VitslimError
 from vitslim.workflow.data import Data
 from vitslim.workflow.interrupt import Stopped
 from vitslim.workflow.journal import Journal
@@ -35,7 +36,7 @@ def test_twenty_kills_change_neither_masks_nor_weights(images: Path, tmp_path: P
 
 @pytest.fixture
 def steps() -> object:
-    """Four updates an epoch, a checkpoint after every second one, and everything random on."""
+    """Five updates an epoch, a checkpoint after every second one, and everything random on."""
     return settings_for(
         "dense",
         {"epochs": 2, "batch_size": 256, "checkpoint_steps": 2, "device": "cpu", "drop_path": 0.2},
@@ -75,7 +76,7 @@ def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         patch.setattr(Data, "epoch", interrupted)
         trained(again(), steps, tmp_path / "broken", world)
-    # Four updates in the first epoch, and the third of the second one is finished.
+    # Five updates in the first epoch, and the third of the second one is finished.
     steps_of_an_epoch = (tmp_path / "broken/state").glob("step-*")
     assert max(int(path.name.removeprefix("step-")) for path in steps_of_an_epoch) == 8
     assert "after update 8 of 10" in str(stopped.value)
@@ -107,6 +108,17 @@ def test_a_full_disk_is_told_and_training_goes_on(
     assert not list((tmp_path / "full").rglob("*.tmp"))
 
 
+def test_a_signal_on_a_full_disk_does_not_say_that_it_was_saved(
+    tiny, steps, world, tmp_path, monkeypatch
+) -> None:
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state_module, "_write_file", full)
+    with pytest.raises(VitslimError, match=r"after update 5 of 10, which could not be saved"):
+        trained(tiny, steps, tmp_path, world, after=lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
 def test_the_most_accurate_epoch_is_kept_beside_the_newest_checkpoints(
     tiny, steps, world, tmp_path, monkeypatch
 ) -> None:
@@ -128,8 +140,6 @@ def test_the_most_accurate_epoch_is_kept_beside_the_newest_checkpoints(
 
 
 def test_data_that_has_changed_is_refused(tiny, steps, world, tmp_path) -> None:
-    from vitslim.errors import VitslimError
-
     folder = StageFolder(tmp_path, {})
     with pytest.raises(KeyboardInterrupt):
         train(

@@ -84,6 +84,7 @@ class Loop:
         self.rows: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self.done = 0
+        self.written = True
         # Of the epoch that is going on: summed over the images of this process, and the last one.
         self.loss = self.images = self.seconds = self.penalty = 0.0
 
@@ -169,6 +170,8 @@ class Loop:
 
     def _end_epoch(self, after: After | None) -> None:
         began = time.perf_counter()
+        # Evaluation may fork workers, which is safe with one thread only.
+        self.background.wait()
         result = self.result()
         accuracy = evaluate(result, self.data, self.world, self.settings)
         loss, seen = self.world.total([self.loss, self.images])
@@ -184,10 +187,11 @@ class Loop:
         }
         self.rows.append(row)
         self.loss = self.images = self.seconds = 0.0
-        self._save(accuracy)
         self.journal.row(self.rows, self.settings.epochs)
+        # Before the checkpoint: whatever a kill leaves out here is done again with the epoch.
         if after is not None:
             after(result, self.data, row)
+        self._save(accuracy)
 
     def _heed(self, interrupt: Interrupt, saved: bool) -> None:
         """Saves and stops, if any process was asked to."""
@@ -196,10 +200,14 @@ class Loop:
         if not saved:
             self._save()
         self.background.wait()
-        total = self.settings.epochs * self.updates
+        after = f"stopped after update {self.done} of {self.settings.epochs * self.updates}"
+        if not self.written:
+            raise VitslimError(
+                f"{after}, which could not be saved; the checkpoints before it are kept: make room "
+                f"on the disk and go on with\n  {resume_command()}"
+            )
         raise Stopped(
-            f"stopped after update {self.done} of {total}, which is saved in {self.folder.path}; "
-            f"go on with\n  {resume_command()}"
+            f"{after}, which is saved in {self.folder.path}; go on with\n  {resume_command()}"
         )
 
     def _save(self, accuracy: float | None = None) -> None:
@@ -219,6 +227,7 @@ class Loop:
         }
         state = State(self.done, tensors, facts, accuracy)
         self.background.wait()
+        self.written = True
         if self.settings.fsdp:
             self.background.submit(self.folder.parts_writer(state, self.world))
         elif self.world.primary:
@@ -230,6 +239,7 @@ class Loop:
         return {"model": self.model, **averaged, **self.update.modules()}
 
     def _not_written(self, error: OSError) -> None:
+        self.written = False
         self.journal.say(
             f"a checkpoint could not be written ({error.strerror or error}); training goes on, the "
             "checkpoints before it are kept, and the next one is tried: make room on the disk."
