@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-from vitslim.workflow.plots import BLUE, GREEN, MUTED, STYLE, VERMILION, new_figure, png
+from vitslim.workflow.report.plots import BLUE, GREEN, MUTED, STYLE, VERMILION, new_figure, png
 
 NAME = re.compile(r"vit_encoder (batch size|tokens) (\w+) (\d+)")
 LOOKS = {

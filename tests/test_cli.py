@@ -11,11 +11,11 @@ import yaml
 import vitslim
 from vitslim.cli import VERBS, main
 from vitslim.ops import OPS, use_backend, why_not
-from vitslim.workflow.asked import ask
-from vitslim.workflow.interrupt import Stopped
 from vitslim.workflow.models import open_dense, open_teacher
-from vitslim.workflow.options import STAGES
-from vitslim.workflow.settings import settings_for
+from vitslim.workflow.options.asked import ask
+from vitslim.workflow.options.option import STAGES
+from vitslim.workflow.options.settings import settings_for
+from vitslim.workflow.training.interrupt import Stopped
 
 TINY = ("img_size=8", "patch_size=4", "in_chans=1", "num_classes=10", "embed_dim=16", "depth=2")
 TINY += ("num_heads=2",)

@@ -11,7 +11,7 @@ from .cli_options import parse
 from .cli_training import asked_by, model_of, retrain_verb, run_verb, search_folder, search_verb
 from .cli_verbs import EVAL, EVAL_BATCH_SIZE, build_parser
 from .errors import VitslimError
-from .workflow.choices import PLANNING
+from .workflow.options.choices import PLANNING
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _stopped(error: Exception) -> bool:
     """Whether training was asked to end early and did; what says so is loaded only with it."""
-    module = sys.modules.get("vitslim.workflow.interrupt")
+    module = sys.modules.get("vitslim.workflow.training.interrupt")
     return module is not None and isinstance(error, module.Stopped)
 
 
@@ -71,11 +71,11 @@ def _threshold(given: dict[str, Any]) -> None:
 
 
 def _eval(given: dict[str, Any]) -> None:
-    from .workflow.data import open_data
-    from .workflow.evaluate import evaluate
+    from .workflow.data.batches import open_data
     from .workflow.models import open_model, packed_for
-    from .workflow.settings import settings_for
-    from .workflow.world import open_world
+    from .workflow.options.settings import settings_for
+    from .workflow.training.evaluate import evaluate
+    from .workflow.training.world import open_world
 
     as_json, weights = given.pop("json", False), _packing(given)
     asked = asked_by(given)
@@ -134,7 +134,7 @@ def _export(given: dict[str, Any]) -> None:
 def _bench(given: dict[str, Any]) -> None:
     from .workflow.latency import format_table, measure
     from .workflow.models import open_model, packed_for
-    from .workflow.world import open_world
+    from .workflow.training.world import open_world
 
     names, weights = given["models"], _packing(given)
     if len(names) == 1 and (Path(names[0]) / "search" / "config.json").exists():
@@ -165,7 +165,7 @@ def _bench(given: dict[str, Any]) -> None:
 
 
 def _report(given: dict[str, Any]) -> None:
-    from .workflow.report import report
+    from .workflow.report.page import report
 
     print(report(given["run"]))
 
@@ -211,7 +211,7 @@ def _packing(given: dict[str, Any]) -> str | None:
 
 
 def _figures(params: float, macs: float) -> str:
-    from .workflow.story import count
+    from .workflow.report.story import count
 
     return f"{count(params)} parameters, {count(macs)} MACs"
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import VitslimError
-from .workflow.choices import FIELDS as CHOICES
-from .workflow.choices import MASK, PLANNING
-from .workflow.options import STAGES, kind_of
-from .workflow.recipes import open_recipe, shipped
-from .workflow.settings import FIELDS as SETTINGS
-from .workflow.settings import GROUPS, OF_THE_RUN, belongs, defaults
+from .workflow.options.choices import FIELDS as CHOICES
+from .workflow.options.choices import MASK, PLANNING
+from .workflow.options.option import STAGES, kind_of
+from .workflow.options.recipes import open_recipe, shipped
+from .workflow.options.settings import FIELDS as SETTINGS
+from .workflow.options.settings import GROUPS, OF_THE_RUN, belongs, defaults
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

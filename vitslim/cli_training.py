@@ -10,12 +10,12 @@ import yaml
 
 from .errors import VitslimError
 from .files import atomic_write
-from .workflow.asked import Asked, ask, record
-from .workflow.choices import MASK, PLANNING, Choices
-from .workflow.options import STAGES
+from .workflow.options.asked import Asked, ask, record
+from .workflow.options.choices import MASK, PLANNING, Choices
+from .workflow.options.option import STAGES
 
 if TYPE_CHECKING:
-    from .workflow.world import World
+    from .workflow.training.world import World
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -53,7 +53,7 @@ def search_verb(given: dict[str, Any]) -> None:
     from .workflow.models import open_model, open_teacher
     from .workflow.search import search
     from .workflow.threshold import budget_name, parse_budget
-    from .workflow.world import open_world, seed_everything
+    from .workflow.training.world import open_world, seed_everything
 
     resume, asked = _resume(given), asked_by(given)
     choices, stages = asked.choices, asked.stages("search")
@@ -87,7 +87,7 @@ def retrain_verb(given: dict[str, Any]) -> None:
     from .checkpoint import load
     from .workflow.models import open_dense, open_plan, open_teacher
     from .workflow.retrain import retrain
-    from .workflow.world import open_world
+    from .workflow.training.world import open_world
 
     folder, path, base = given.pop("search"), given.pop("plan"), given.pop("dense", None)
     resume, asked = _resume(given), asked_by(given)
@@ -157,7 +157,7 @@ def _check_supported(choices: Choices) -> None:
 @contextmanager
 def _recorded(output: Path, recipe: dict[str, Any], world: "World") -> Iterator[None]:
     """Writes args.yaml of a stage: before one that begins, and after one that went on and could."""
-    from .workflow.state import StageFolder
+    from .workflow.training.state import StageFolder
 
     if (output / "search").is_dir():
         raise VitslimError(f"{output} is the folder of a whole run: give another --output.")

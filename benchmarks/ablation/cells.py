@@ -15,7 +15,7 @@ from torch import nn
 
 from vitslim import Masks, cost, load, save, slim, threshold
 from vitslim.masks import mask_parameters
-from vitslim.workflow.data import open_data
+from vitslim.workflow.data.batches import open_data
 from vitslim.workflow.search import search
 
 from . import criteria, uniform

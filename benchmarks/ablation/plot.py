@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import matplotlib
 from matplotlib.axes import Axes
 
-from vitslim.workflow.plots import BLUE, MUTED, STYLE, VERMILION, new_figure, png
+from vitslim.workflow.report.plots import BLUE, MUTED, STYLE, VERMILION, new_figure, png
 
 from .spread import BETTER, SAME, WORSE, Difference
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitslim.workflow.data import open_data
-from vitslim.workflow.journal import Journal
+from vitslim.workflow.data.batches import open_data
 from vitslim.workflow.models import DIGITS_KWARGS, DIGITS_MODEL
-from vitslim.workflow.settings import Settings, settings_for
-from vitslim.workflow.state import StageFolder
-from vitslim.workflow.train import train
-from vitslim.workflow.world import World, seed_everything
+from vitslim.workflow.options.settings import Settings, settings_for
+from vitslim.workflow.report.journal import Journal
+from vitslim.workflow.training.state import StageFolder
+from vitslim.workflow.training.train import train
+from vitslim.workflow.training.world import World, seed_everything
 
 # Narrower than the model of `vitslim run`, for a few hundred of these are trained.
 MODEL: dict[str, Any] = {**DIGITS_KWARGS, "embed_dim": 64, "num_heads": 4}

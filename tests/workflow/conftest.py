@@ -9,8 +9,8 @@ import torch
 from image_folder import write_images
 from torch import nn
 
-from vitslim.workflow.settings import Settings, settings_for
-from vitslim.workflow.world import World
+from vitslim.workflow.options.settings import Settings, settings_for
+from vitslim.workflow.training.world import World
 
 TINY = {
     "img_size": 8,

@@ -15,9 +15,9 @@ from ..errors import VitslimError
 from ..packed import PackedVisionTransformer, pack
 from ..plan import Plan
 from ..surgery import describe
-from .datasets import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
-from .recipes import open_recipe
-from .state import read_json
+from .data.datasets import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
+from .options.recipes import open_recipe
+from .training.state import read_json
 
 # 16 patches of 2x2 pixels, 3 heads of 32, 0.7 M parameters: trains in a minute on two cores.
 DIGITS_MODEL = "vit_tiny_patch16_224"

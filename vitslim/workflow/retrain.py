@@ -10,13 +10,13 @@ from ..checkpoint import load, save
 from ..cost import cost
 from ..plan import Plan
 from ..surgery import slim
-from .data import Data
-from .evaluate import evaluate
+from .data.batches import Data
+from .options.settings import Settings
+from .report.watch import Watch
 from .search import open_stage, set_drop_path
-from .settings import Settings
-from .train import journal_for, stage_args, train
-from .watch import Watch
-from .world import World, seed_everything
+from .training.evaluate import evaluate
+from .training.train import journal_for, stage_args, train
+from .training.world import World, seed_everything
 
 
 def retrain(

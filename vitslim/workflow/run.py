@@ -29,20 +29,20 @@ from ..errors import VitslimError
 from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
-from .data import open_data
-from .evaluate import evaluate
+from .data.batches import open_data
 from .latency import input_shape, measure
 from .latency_budget import plan_for
 from .models import open_model, open_plan, open_teacher
-from .report import report
+from .options.settings import Settings
+from .report.page import report
+from .report.watch import Watch
 from .retrain import retrain
 from .search import open_stage, search
-from .settings import Settings
-from .state import read_json
 from .threshold import budget_name, parse_budget
-from .train import journal_for, stage_args, train
-from .watch import Watch
-from .world import World, open_world, seed_everything
+from .training.evaluate import evaluate
+from .training.state import read_json
+from .training.train import journal_for, stage_args, train
+from .training.world import World, open_world, seed_everything
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,13 @@ from ..checkpoint import load, save
 from ..errors import VitslimError
 from ..masks import KINDS, Masks
 from ..surgery import mask
-from .forecast import Forecast
-from .penalty import Penalty
-from .settings import Settings
-from .state import StageFolder
-from .train import journal_for, stage_args, train
-from .watch import Watch
-from .world import World, seed_everything
+from .options.settings import Settings
+from .report.forecast import Forecast
+from .report.watch import Watch
+from .training.penalty import Penalty
+from .training.state import StageFolder
+from .training.train import journal_for, stage_args, train
+from .training.world import World, seed_everything
 
 
 def search(

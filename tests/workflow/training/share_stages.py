@@ -1,0 +1,64 @@
+"""Searches in one process and in two, in several ways, with the same images per update.
+
+usage: share_stages.py FOLDER IMAGES [FEWER]
+
+Every way makes FOLDER/NAME, to be compared by the caller. With FEWER, only a search that begins in
+two processes, is stopped there, and ends in one: FEWER/fewer.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import forked
+
+FOLDER, IMAGES = Path(sys.argv[1]), sys.argv[2]
+SEARCH = [
+    *("search", "vit_tiny_patch16_224", "--data", f"folder:{IMAGES}", "--device", "cpu"),
+    *("--model-kwargs", "img_size=8", "patch_size=4", "embed_dim=16", "depth=2", "num_heads=2"),
+    *("num_classes=2", "--epochs", "3", "--global-batch-size", "8", "--workers", "0"),
+    # Mixup pairs the images of one process, and stochastic depth draws for them.
+    *("--mixup", "0", "--cutmix", "0", "--drop-path", "none", "--opt", "momentum", "--lr", "0.05"),
+    *("--l1-attention", "0.02", "--l1-mlp", "0.01", "--l1-token", "0.02", "--budget", "macs=60%"),
+    *("--round-to", "2", "--resume", "auto", "--checkpoint-steps", "2"),
+]
+WAYS = {
+    "one": (1, []),
+    "accumulated": (1, ["--grad-accum-steps", "4"]),
+    "two": (2, []),
+    "two-accumulated": (2, ["--grad-accum-steps", "2"]),
+    "sharded": (2, ["--fsdp", "--model-ema", "--model-ema-decay", "0.5"]),
+    "sharded-accumulated": (2, ["--fsdp", "--grad-accum-steps", "2"]),
+    "averaged": (1, ["--model-ema", "--model-ema-decay", "0.5"]),
+    "proximal": (1, ["--l1-step", "proximal"]),
+    "two-proximal": (2, ["--l1-step", "proximal"]),
+    "sharded-proximal": (2, ["--l1-step", "proximal", "--fsdp"]),
+}
+
+
+def run(name: str, folder: Path, processes: int, more: list[str], stop: bool = False) -> None:
+    log = folder / f"{name}.log"
+    command = [*SEARCH, *more, "--output", str(folder / name)]
+    started = forked.start_world(command, log, processes)
+    if stop:
+        while not list((folder / name).glob("state/step-*06")):
+            time.sleep(0.01)
+        os.kill(started[0], signal.SIGTERM)
+    statuses = [forked.finish(process) for process in started]
+    if any(statuses):
+        sys.exit(f"{name}: {log.read_text()}")
+
+
+def main() -> None:
+    if len(sys.argv) > 3:
+        run("fewer", Path(sys.argv[3]), 2, [], stop=True)
+        run("fewer", Path(sys.argv[3]), 1, [])
+        return
+    for name, (processes, more) in WAYS.items():
+        run(name, FOLDER, processes, more)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""torch.compile in training: one graph of the whole model, however its blocks differ."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vitslim
+from vitslim.workflow.report.journal import Journal
+from vitslim.workflow.search import search
+from vitslim.workflow.training.loop import Loop
+from vitslim.workflow.training.state import StageFolder
+from vitslim.workflow.training.train import stage_args
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Compiles to autograd's graphs, without code, and counts how many there are."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    plain = torch.nn.Module.compile
+
+    def compile_counted(self, *args, **kwargs):
+        return plain(self, *args, backend=counter, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_counted)
+    yield counter
+    torch._dynamo.reset()
+
+
+def _slim(model):
+    """A model whose blocks all differ in their heads, hidden units and tokens."""
+    masked = vitslim.mask(model)
+    with torch.no_grad():
+        for parameter in masked.parameters():
+            if parameter.ndim <= 2:
+                parameter.uniform_(0.1, 1.0, generator=torch.Generator().manual_seed(0))
+    plan = vitslim.threshold(masked, "attention=0.6,mlp=0.5,token=0.7", round_to=1)
+    return vitslim.slim(masked, plan)
+
+
+@pytest.mark.parametrize("kind", ["masked", "slim", "distilled"])
+def test_training_is_one_graph_without_recompilation(
+    tiny, quick, world, tmp_path, counted, kind
+) -> None:
+    settings = dataclasses.replace(quick, compile=True, epochs=2)
+    model = vitslim.mask(tiny) if kind == "masked" else _slim(tiny)
+    teacher = tiny if kind == "distilled" else None
+    stage = StageFolder(tmp_path, stage_args(settings, world))
+    journal = Journal("search", None, quiet=True)
+    loop = Loop(model, settings, stage, world, journal, teacher=teacher)
+    for epoch in range(2):
+        loop.update.begin_epoch(epoch)
+        for batch in loop.data.epoch(epoch):
+            loop.update([batch], epoch, where="here")
+    # fullgraph=True raises at a graph break, so one frame is one graph of all blocks. A teacher is
+    # another model.
+    assert counted.frame_count == (2 if teacher else 1)
+    loop.background.wait()
+
+
+def test_compiled_training_ends_where_eager_training_does(
+    tiny, quick, world, tmp_path, counted
+) -> None:
+    quick = dataclasses.replace(quick, epochs=1, batch_size=512)
+    eager = search(tiny, quick, tmp_path / "eager", world)
+    compiled = search(tiny, dataclasses.replace(quick, compile=True), tmp_path / "compiled", world)
+    assert counted.frame_count
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)

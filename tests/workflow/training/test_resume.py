@@ -1,0 +1,157 @@
+"""Nothing is lost: stages that were killed, stopped or short of disk end as if nothing had been."""
+
+import dataclasses
+import errno
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitslim.workflow.training.state as state_module
+from vitslim.errors import VitslimError
+from vitslim.workflow.data.batches import Data
+from vitslim.workflow.options.settings import settings_for
+from vitslim.workflow.report.journal import Journal
+from vitslim.workflow.training.interrupt import Stopped
+from vitslim.workflow.training.state import StageFolder
+from vitslim.workflow.training.train import stage_args, train
+
+HERE = Path(__file__).parent
+
+
+def test_twenty_kills_change_neither_masks_nor_weights(images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, HERE / "kill_stages.py", tmp_path, images, "10", "0"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    for stage in ("search", "retrain"):
+        assert told[stage]["kills"] >= 10
+        assert told[stage]["finished"] >= 1
+        assert told[stage]["different"] == []
+
+
+@pytest.fixture
+def steps() -> object:
+    """Five updates an epoch, a checkpoint after every second one, and everything random on."""
+    return settings_for(
+        "dense",
+        {"epochs": 2, "batch_size": 256, "checkpoint_steps": 2, "device": "cpu", "drop_path": 0.2},
+    )
+
+
+def trained(model, settings, folder, world, **more):
+    stage = StageFolder(folder, stage_args(settings, world), settings.checkpoint_keep)
+    outcome = train(model, settings, stage, world, Journal("dense", None), **more)
+    return {name: value.clone() for name, value in outcome.model.state_dict().items()}
+
+
+def starting_anew(model):
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def again():
+        model.load_state_dict(start)
+        return model
+
+    return again
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(
+    tiny, steps, world, tmp_path, monkeypatch, number
+) -> None:
+    again = starting_anew(tiny)
+    whole = trained(again(), steps, tmp_path / "whole", world)
+    given = Data.epoch
+
+    def interrupted(self, epoch, start=0):
+        for index, batch in enumerate(given(self, epoch, start)):
+            if (epoch, index) == (1, 2):
+                signal.raise_signal(number)
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(Data, "epoch", interrupted)
+        trained(again(), steps, tmp_path / "broken", world)
+    # Five updates in the first epoch, and the third of the second one is finished.
+    steps_of_an_epoch = (tmp_path / "broken/state").glob("step-*")
+    assert max(int(path.name.removeprefix("step-")) for path in steps_of_an_epoch) == 8
+    assert "after update 8 of 10" in str(stopped.value)
+    assert str(stopped.value).endswith("--resume auto")
+    resumed = trained(again(), steps, tmp_path / "broken", world)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_full_disk_is_told_and_training_goes_on(
+    tiny, steps, world, tmp_path, monkeypatch, capsys
+) -> None:
+    again = starting_anew(tiny)
+    whole = trained(again(), steps, tmp_path / "whole", world)
+    write, calls = state_module._write_file, []
+
+    def full(path, data):
+        calls.append(path)
+        if path.parent.name.startswith("step-0000000005"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(state_module, "_write_file", full)
+    with_trouble = trained(again(), steps, tmp_path / "full", world)
+    told = [line for line in capsys.readouterr().out.splitlines() if "could not be written" in line]
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
+    assert calls
+    assert all(torch.equal(whole[name], with_trouble[name]) for name in whole)
+    assert not list((tmp_path / "full").rglob("*.tmp"))
+
+
+def test_a_signal_on_a_full_disk_does_not_say_that_it_was_saved(
+    tiny, steps, world, tmp_path, monkeypatch
+) -> None:
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state_module, "_write_file", full)
+    with pytest.raises(VitslimError, match=r"after update 5 of 10, which could not be saved"):
+        trained(tiny, steps, tmp_path, world, after=lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+def test_the_most_accurate_epoch_is_kept_beside_the_newest_checkpoints(
+    tiny, steps, world, tmp_path, monkeypatch
+) -> None:
+    import vitslim.workflow.training.loop as loop
+
+    accuracies = iter([10.0, 30.0, 20.0, 15.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(accuracies))
+    settings = dataclasses.replace(steps, epochs=4, checkpoint_keep=1, checkpoint_steps=0)
+    stage = StageFolder(tmp_path, stage_args(settings, world), settings.checkpoint_keep)
+    outcome = train(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    assert outcome.best == {"epoch": 2, "accuracy": 30.0}
+    kept = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert kept == ["step-0000000010", "step-0000000020"]
+    best = torch.nn.utils.parameters_to_vector(outcome.best_model.parameters())
+    last = torch.nn.utils.parameters_to_vector(outcome.model.parameters())
+    assert not torch.equal(best, last)
+    saved = stage.best()
+    assert torch.equal(saved.tensors["model"]["head.weight"], outcome.best_model.head.weight)
+
+
+def test_data_that_has_changed_is_refused(tiny, steps, world, tmp_path) -> None:
+    folder = StageFolder(tmp_path, {})
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny,
+            steps,
+            folder,
+            world,
+            Journal("dense", None, quiet=True),
+            after=lambda *_: (
+                signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT)
+            ),
+        )
+    other = dataclasses.replace(steps, batch_size=128)
+    with pytest.raises(VitslimError, match="an epoch had 5 updates and has 11"):
+        train(tiny, other, folder, world, Journal("dense", None, quiet=True))

@@ -1,0 +1,208 @@
+"""Batches of images for training and evaluation, on the device."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from timm.data import create_loader, resolve_data_config
+from torch import Tensor, nn
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+
+from ...errors import VitslimError
+from ..latency import input_shape
+from ..options.settings import Settings
+from ..training.world import World
+from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
+from .images import Shard, told
+from .loading import Ordered, Streamed, around
+from .sampling import untouched_random
+from .streams import Stream, is_stream
+from .synthetic import IMAGENET_TRAIN, IMAGENET_VAL, Synthetic
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Training(Protocol):
+    """Training batches, epoch by epoch."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Yields the batches of an epoch from number `start` on."""
+
+
+@dataclasses.dataclass
+class Data:
+    """Batches for training and evaluation, on the device.
+
+    Whoever takes them finds the random states of random, numpy and torch as they were.
+    """
+
+    train: Training
+    evaluation: Iterable[Batch]
+    num_classes: int
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        """Whole batches per epoch in this process."""
+        return len(self.train)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the training batches of an epoch, from number `start` on."""
+        return self._given(self.train.epoch(epoch, start))
+
+    def held_out(self) -> Iterator[Batch]:
+        """Yields this process's share of the held-out batches."""
+        # A loader draws a seed for its workers when it begins: let that be in `_given` too.
+        return self._given(chain.from_iterable([self.evaluation]))
+
+    def _given(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            with untouched_random(self.device):
+                try:
+                    batch = next(batches, None)
+                except VitslimError as error:
+                    raise told(error) from error
+            if batch is None:
+                return
+            images, target = batch
+            yield images.to(self.device, non_blocking=True), target.to(self.device)
+
+
+def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
+    """Opens the data that `settings` names in the size and number of channels `model` takes.
+
+    Args:
+        settings: Data, batch size, augmentation and seed.
+        model: A timm vision transformer; its number of classes must be that of the data.
+        world: The processes that share the work.
+    """
+    shape = input_shape(model)
+    if settings.synthetic:
+        return _synthetic(settings, model, world)
+    opened = open_datasets(settings, "L" if shape[0] == 1 else "RGB", world)
+    _check_classes(settings, model, opened.num_classes)
+    config = resolve_data_config({"input_size": shape}, model=model)
+    config["mean"], config["std"] = image_statistics(model, settings, shape[0])
+    return Data(
+        _training(opened.train, settings, config, world),
+        _evaluation(opened.held_out, settings, config, world),
+        opened.num_classes or _classes(model),
+        world.device,
+    )
+
+
+def image_statistics(
+    model: nn.Module, settings: Settings, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation, per channel, that images for a model are normalised with."""
+    if settings.data == "digits":
+        return (DIGITS_MEAN,) * channels, (DIGITS_STD,) * channels
+    config = resolve_data_config(model=model)
+    if channels == 1 and len(config["mean"]) == 3:
+        return (0.5,), (0.5,)
+    return config["mean"], config["std"]
+
+
+def _training(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Training:
+    if not is_stream(dataset):
+        _check_size(settings, len(dataset), world)
+    loader = create_loader(
+        dataset,
+        is_training=True,
+        no_aug=settings.no_aug,
+        re_prob=settings.reprob,
+        re_mode=settings.remode,
+        scale=settings.scale,
+        ratio=settings.ratio,
+        hflip=settings.hflip,
+        color_jitter=settings.color_jitter,
+        auto_augment=settings.aa,
+        interpolation=settings.train_interpolation,
+        **_common(dataset, settings, config, world),
+    )
+    if settings.data == "digits" and not settings.no_aug:
+        dataset.transform = Compose([_small_affine(), dataset.transform])
+    if is_stream(dataset):
+        return Streamed(loader, dataset, settings, world)
+    return Ordered(loader, dataset, settings, world)
+
+
+def _evaluation(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Any:
+    share = dataset if is_stream(dataset) else Shard(dataset, world.rank, world.size)
+    loader = create_loader(
+        share,
+        interpolation=config["interpolation"],
+        crop_pct=settings.crop_pct or config["crop_pct"],
+        **_common(dataset, settings, config, world),
+    )
+    if not is_stream(dataset):
+        return loader
+    stream = Stream(
+        dataset, settings.data, settings.bad_images == "skip", rank=world.rank, size=world.size
+    )
+    return around(loader, stream, batch_size=settings.batch_size)
+
+
+def _common(
+    dataset: Any, settings: Settings, config: dict[str, Any], world: World
+) -> dict[str, Any]:
+    """What timm's loaders of training and evaluation have in common."""
+    cuda = world.device.type == "cuda"
+    return {
+        "input_size": config["input_size"],
+        "batch_size": settings.batch_size,
+        "mean": config["mean"],
+        "std": config["std"],
+        # A stream must be read by a fresh worker in every epoch to be the same again.
+        "num_workers": max(settings.workers, int(is_stream(dataset))),
+        "persistent_workers": settings.workers > 0,
+        "use_prefetcher": cuda,
+        "pin_memory": cuda,
+        "device": world.device,
+    }
+
+
+def _small_affine() -> RandomAffine:
+    return RandomAffine(
+        10, (0.1, 0.1), (0.9, 1.1), shear=5, interpolation=InterpolationMode.BILINEAR
+    )
+
+
+def _synthetic(settings: Settings, model: nn.Module, world: World) -> Data:
+    wanted = settings.train_num_samples or IMAGENET_TRAIN
+    _check_size(settings, wanted, world)
+    held_out = len(range(world.rank, settings.val_num_samples or IMAGENET_VAL, world.size))
+    classes = _classes(model)
+    train, evaluation = (
+        Synthetic(
+            images, settings.batch_size, input_shape(model), classes, world.device, settings.seed
+        )
+        for images in (wanted // world.size, held_out)
+    )
+    return Data(train, evaluation, classes, world.device)
+
+
+def _classes(model: nn.Module) -> int:
+    return int(getattr(model, "num_classes", 0))
+
+
+def _check_size(settings: Settings, images: int, world: World) -> None:
+    if images < settings.batch_size * world.size:
+        raise VitslimError(
+            f"{settings.data} has {images} training images, fewer than one step of "
+            f"{settings.batch_size * world.size}: lower --batch-size."
+        )
+
+
+def _check_classes(settings: Settings, model: nn.Module, num_classes: int) -> None:
+    heads = getattr(model, "num_classes", num_classes)
+    if num_classes and heads != num_classes:
+        raise VitslimError(
+            f"{settings.data} has {num_classes} classes and the model has {heads}: "
+            f"give the model num_classes={num_classes}."
+        )

@@ -1,0 +1,1 @@
+"""What a run was asked for: settings, recipes, and what the command line adds."""

@@ -1,0 +1,1 @@
+"""What is told of a run: as it goes, and afterwards."""

@@ -1,0 +1,1 @@
+"""The loop that dense training, search and retraining share."""

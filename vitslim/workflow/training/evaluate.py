@@ -1,0 +1,38 @@
+"""Accuracy on held-out images."""
+
+import torch
+from torch import nn
+
+from ..data.batches import Data
+from ..options.settings import Settings
+from .world import World
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> float:
+    """Returns top-1 accuracy in percent over the held-out images, each counted once.
+
+    Args:
+        model: On the device of the data; it is left in the mode it came in.
+        data: Where the held-out images come from; every process sees its share.
+        world: The processes that share the work.
+        settings: Whether and how to autocast.
+    """
+    was_training = model.training
+    model.eval()
+    right = torch.zeros((), device=world.device)
+    seen = 0
+    for images, target in data.held_out():
+        with autocast(world, settings):
+            logits = model(images)
+        right += (logits.argmax(1) == target).sum()
+        seen += len(target)
+    model.train(was_training)
+    total_right, total_seen = world.total([float(right), seen])
+    return 100 * total_right / total_seen
+
+
+def autocast(world: World, settings: Settings) -> torch.autocast:
+    """Returns the context in which a model computes; it does nothing without --amp."""
+    dtype = getattr(torch, settings.amp_dtype)
+    return torch.autocast(world.device.type, dtype, enabled=settings.amp)

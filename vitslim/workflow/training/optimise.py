@@ -1,0 +1,84 @@
+"""From settings to timm's optimiser, schedule and mixup."""
+
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from ...errors import VitslimError
+from ...masks import mask_parameters
+from ..options.settings import Settings
+
+
+def make_optimizer(
+    model: nn.Module, settings: Settings, images_per_update: int
+) -> torch.optim.Optimizer:
+    """Makes timm's optimiser; masks are a group of their own, without decay.
+
+    Args:
+        model: What is trained, with masks or without.
+        settings: Optimiser, learning rate and decay.
+        images_per_update: Over all processes; the learning rate may follow it.
+    """
+    lr = settings.lr
+    if lr is None:
+        lr = settings.lr_base * images_per_update / 512
+    groups = param_groups_weight_decay(
+        model, settings.weight_decay, no_weight_decay_list=_undecayed(model)
+    )
+    masked = [parameter for _, parameter in mask_parameters(model)]
+    masks = {id(parameter) for parameter in masked}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in masks]
+    if masked:
+        # Not `lr_scale`, which timm's schedules would apply on top of the rate they start from.
+        groups.append({"params": masked, "weight_decay": 0.0, "lr": lr * settings.mask_lr_scale})
+    try:
+        return create_optimizer_v2(groups, settings.opt, lr=lr)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise VitslimError(f"timm has no optimiser {settings.opt!r}.") from error
+
+
+def _undecayed(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(model, "no_weight_decay", None)
+    return tuple(names()) if callable(names) else ()
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, updates: int) -> Any:
+    """Makes timm's schedule over so many updates an epoch, None for a constant rate."""
+    if settings.sched == "none":
+        return None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            settings.sched,
+            num_epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            warmup_lr=settings.warmup_lr,
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates,
+        )
+    except ValueError:
+        scheduler = None
+    # Older timm answers None for a name it does not know.
+    if scheduler is None or settings.sched == "plateau":
+        raise VitslimError(f"There is no schedule {settings.sched!r}: use cosine, step or none.")
+    return scheduler
+
+
+def make_mixup(settings: Settings, num_classes: int) -> Mixup | None:
+    """Makes timm's mixup and cutmix, None where both are off."""
+    if not settings.mixup and not settings.cutmix:
+        return None
+    return Mixup(
+        settings.mixup,
+        settings.cutmix,
+        prob=settings.mixup_prob,
+        switch_prob=settings.mixup_switch_prob,
+        label_smoothing=settings.smoothing,
+        num_classes=num_classes,
+    )

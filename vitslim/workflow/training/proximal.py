@@ -1,0 +1,110 @@
+"""The penalty as a proximal step: masks reach exactly zero, and stay there while they should.
+
+An update of an optimiser is a step of size t_i for element i, against the gradient g of the loss:
+
+    z_i <- z_i - t_i g_i                  SGD   t_i = lr / (1 - momentum)
+                                          Adam  t_i = lr / (sqrt(v_i) + eps), v bias-corrected
+
+It descends in the metric sum_i (z_i - u_i)^2 / t_i. The penalty w_i |z_i| follows by its proximal
+operator in the same metric,
+
+    argmin_u  sum_i (u_i - z_i)^2 / (2 t_i) + w_i |u_i|  =  sign(z_i) max(|z_i| - t_i w_i, 0)
+
+so that an element at rest obeys g_i = -w_i sign(z_i), or is zero and |g_i| <= w_i: the minimum of
+loss + penalty, whatever the metric. A subgradient step has the same minimum and never arrives: it
+goes to and fro around zero.
+
+What momentum gathers from a steady gradient is 1 / (1 - momentum) of it, hence SGD's t; Adam takes
+a mean and needs nothing of the kind. Token gates are penalised as w |tanh(raw)|, which is concave
+on either side of zero; its tangent at raw, w (1 - tanh(raw)^2) |raw| and a constant, lies above it,
+so that a step on the tangent is one on the penalty. Thresholds are those of raw then.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import VitslimError
+from ...masks import mask_weights
+
+
+class Proximal:
+    """The proximal operator of the penalty, in the metric of an optimiser.
+
+    In place of `sparsity_loss` in the loss, with the same weights. Masks that the optimiser does
+    not train are left alone.
+
+    Args:
+        model: A masked model, wrapped or not.
+        optimizer: Of the Adam family, or SGD.
+        attention: Weight of the attention masks; the paper's values are the defaults.
+        mlp: Weight of the MLP masks.
+        token: Weight of the token gates.
+        per: How weights are spread: "kind", the paper's, "unit" or "mac".
+
+    Raises:
+        VitslimError: The model has no masks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        attention: float = 2e-4,
+        mlp: float = 5e-5,
+        token: float = 1e-4,
+        per: str = "kind",
+    ) -> None:
+        self.optimizer = optimizer
+        self._masks = partial(mask_weights, model, attention, mlp, token, per)
+        self._masks()
+
+    @torch.no_grad()
+    def step(self, scale: float = 1.0) -> None:
+        """Moves every mask towards zero; called after the optimiser's step.
+
+        Args:
+            scale: Multiplies all weights, while they grow.
+
+        Raises:
+            VitslimError: The optimiser's steps have no metric known here.
+        """
+        # Asked for anew each time: sharding changes parameters, loading changes groups.
+        parts = {part.parameter: (part, weight) for part, weight in self._masks()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in parts:
+                    continue
+                part, weight = parts[parameter]
+                size = self._step_size(group, parameter)
+                if size is None:
+                    continue
+                threshold = size * (weight * scale)
+                if part.kind == "token":
+                    threshold = threshold * (1 - part.values().square())
+                shrunk = (parameter.abs() - threshold).clamp_(min=0)
+                parameter.copy_(shrunk.mul_(parameter.sign()))
+
+    def _step_size(self, group: Mapping[str, Any], parameter: Tensor) -> Tensor | float | None:
+        """Returns the t of every element, None for a mask that has had no gradient yet."""
+        state = self.optimizer.state.get(parameter, {})
+        lr, betas, step = group["lr"], group.get("betas"), state.get("step", group.get("step"))
+        if betas is None and state.keys() <= {"momentum_buffer"}:
+            momentum = group.get("momentum", 0)
+            # Dampening weakens what momentum gathers, and acts only where something is gathered.
+            gathered = 1 - group.get("dampening", 0) if momentum else 1
+            return lr * gathered / (1 - momentum)
+        if betas is not None and not state:
+            return None
+        square = state.get("exp_avg_sq")
+        if betas is None or step is None or square is None or square.shape != parameter.shape:
+            raise VitslimError(
+                f"a proximal step knows the metric of SGD and of the Adam family, not that of "
+                f"{type(self.optimizer).__name__}: use --l1-step subgradient, or --opt adamw"
+            )
+        # AMSGrad divides by the largest so far.
+        square = state.get("max_exp_avg_sq", square)
+        return lr / ((square / (1 - betas[-1] ** step)).sqrt() + group["eps"])

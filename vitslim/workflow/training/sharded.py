@@ -1,0 +1,120 @@
+"""Models too large for one GPU: FSDP2, and checkpoints that every process writes its part of.
+
+The parts are safetensors, written and read by torch.distributed.checkpoint; they can be read by
+another number of processes than wrote them.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from ...errors import VitslimError
+from .world import World
+
+
+def shard(net: nn.Module, world: World) -> None:
+    """Shards a network over all processes in place: each block of its model, then the rest.
+
+    Args:
+        net: A timm vision transformer, or a module that holds one.
+        world: The processes; torchrun must have started them.
+    """
+    if not dist.is_initialized():
+        raise VitslimError("--fsdp shares a model among processes: start them with torchrun.")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in list(net.modules()):
+        if isinstance(blocks := getattr(module, "blocks", None), nn.Sequential):
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+class Plain:
+    """A whole copy of a model that is about to be sharded, to be filled when one is needed.
+
+    Args:
+        model: Not sharded yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._copy = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def of(self, model: nn.Module) -> nn.Module:
+        """Gathers a sharded model's parameters and returns the whole model; all must call it."""
+        values = model.state_dict()
+        for name, mine in self._copy.state_dict().items():
+            mine.copy_(whole(values[name]))
+        return self._copy
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor that every process has all of; all of them must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
+    """Copies this process's parts and has them written in the background.
+
+    Args:
+        folder: The same in every process, empty or absent.
+        tensors: By group and name, sharded or not.
+
+    Returns:
+        A function that waits: in the first process for the parts of all, elsewhere for its own.
+    """
+    # A group of its own, so that the writing does not meet the training's messages.
+    group = dist.new_group(backend="gloo")
+    writing = dcp.async_save(
+        _flat(tensors),
+        storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        process_group=group,
+    )
+
+    def wait() -> None:
+        writing.result()
+        dist.destroy_process_group(group)
+
+    return wait
+
+
+def load_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Fills tensors, sharded or not, with what `save_parts` wrote; all processes must call it."""
+    dcp.load(_flat(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def empty_slots(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, list[int]]
+) -> dict[str, Tensor]:
+    """Makes the tensors of an optimiser's state, as sharded as its parameters are.
+
+    Args:
+        optimizer: Of the model to be loaded.
+        names: Shapes by place, `.state.<index of the parameter>.<name>`, as they were packed.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    slots: dict[str, Tensor] = {}
+    for name, shape in names.items():
+        kind, index = name.split(".")[1:3]
+        parameter = parameters[int(index)] if kind == "state" else None
+        alike = parameter is not None and list(parameter.shape) == shape
+        slots[name] = torch.zeros_like(parameter) if alike else torch.zeros(shape)
+    return slots
+
+
+def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    return {
+        f"{group}/{name}": tensor
+        for group, content in tensors.items()
+        for name, tensor in content.items()
+    }

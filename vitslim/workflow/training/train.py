@@ -1,0 +1,105 @@
+"""A stage of training from its first update, or its newest checkpoint, to its result."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.batches import Data
+from ..options.settings import Settings
+from ..report.journal import Journal
+from .loop import After, Loop
+from .penalty import Penalty
+from .state import StageFolder
+from .world import World, cpu_threads
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a stage came to.
+
+    Attributes:
+        model: Trained; the averaged one where there is one.
+        accuracy: In percent, at the end.
+        seconds: Of training and evaluating.
+        facts: What `before` gave.
+        best: Epoch and accuracy of the best epoch.
+        best_model: Of that epoch, where it is not the last one and its checkpoint is whole.
+    """
+
+    model: nn.Module
+    accuracy: float
+    seconds: float
+    facts: dict[str, Any]
+    best: dict[str, Any]
+    best_model: nn.Module | None
+
+
+def train(
+    model: nn.Module,
+    settings: Settings,
+    folder: StageFolder,
+    world: World,
+    journal: Journal,
+    *,
+    penalty: Penalty | None = None,
+    teacher: nn.Module | None = None,
+    before: Callable[[nn.Module, Data], dict[str, Any]] | None = None,
+    after: After | None = None,
+) -> Outcome:
+    """Trains a model in place, or goes on from the newest checkpoint in the folder.
+
+    Args:
+        model: What to train; with a checkpoint in the folder, only its shapes matter.
+        settings: How.
+        folder: Where checkpoints go.
+        world: This process among all of them.
+        journal: Where it is told.
+        penalty: Of a search; the same in every process.
+        teacher: A model to imitate, weighted by `settings.distill_loss_weight`.
+        before: Called once before the first epoch; what it returns is kept with the checkpoints.
+        after: Called after every epoch with the result so far, the data, and the epoch's row.
+
+    Raises:
+        VitslimError: The loss or a gradient is not finite; the last checkpoint stays as it was.
+        Stopped: SIGTERM or SIGINT came; the update was finished and saved.
+    """
+    settings = settings.among(world.size)
+    with cpu_threads(settings.threads):
+        loop = Loop(model.to(world.device), settings, folder, world, journal, penalty, teacher)
+        state, trouble = folder.latest()
+        if trouble:
+            journal.say(f"{trouble}; going on from the checkpoint before it.")
+        if state is not None:
+            loop.load(state)
+            epoch, step = divmod(loop.done, loop.updates)
+            within = f" and {step} updates" if step else ""
+            journal.say(f"going on after epoch {epoch}{within} of {settings.epochs} epochs.")
+            journal.record(loop.rows)
+        elif before is not None:
+            loop.facts = before(loop.result(), loop.data)
+        loop.run(after)
+    world.wait()
+    seconds = sum(row["seconds"] for row in loop.rows)
+    best = max(loop.rows, key=lambda row: (row["accuracy"], row["epoch"]))
+    return Outcome(
+        loop.result(),
+        loop.rows[-1]["accuracy"],
+        seconds,
+        loop.facts,
+        {name: best[name] for name in ("epoch", "accuracy")},
+        loop.best() if best is not loop.rows[-1] else None,
+    )
+
+
+def stage_args(settings: Settings, world: World, **more: Any) -> dict[str, Any]:
+    """Returns what must not change when a stage goes on: what it is told, not how it is done."""
+    return {**settings.binding(world.size), **more}
+
+
+def journal_for(stage: str, folder: Path | None, world: World) -> Journal:
+    """Makes the journal of a stage that writes into `folder`/summary.csv."""
+    summary = None if folder is None else folder / "summary.csv"
+    return Journal(stage, summary, quiet=not world.primary)
