@@ -1,6 +1,7 @@
 """Step three: cut to a plan and train what is left, from the weights the search ended with."""
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,17 @@ def retrain(
         journal.say(f"right after the cut, accuracy {accuracy:.2f} %")
         return {"cut": {"accuracy": accuracy}}
 
-    outcome = train(
-        model,
-        settings,
-        place,
-        world,
-        journal,
-        teacher=teacher if settings.distill_loss_weight else None,
-        before=cut_accuracy,
-        after=Watch(stage, summary or folder, settings, world),
-    )
+    with closing(Watch(stage, summary or folder, settings, world)) as watch:
+        outcome = train(
+            model,
+            settings,
+            place,
+            world,
+            journal,
+            teacher=teacher if settings.distill_loss_weight else None,
+            before=cut_accuracy,
+            after=watch,
+        )
     params, macs = cost(outcome.model)
     result = {
         **outcome.facts,

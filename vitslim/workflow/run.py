@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,8 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
         result = {"accuracy": accuracy, "seconds": 0.0}
     else:
         journal = journal_for("dense", job.output, world)
-        watch = Watch("dense", job.output, settings, world)
-        outcome = train(model, settings, stage, world, journal, after=watch)
+        with closing(Watch("dense", job.output, settings, world)) as watch:
+            outcome = train(model, settings, stage, world, journal, after=watch)
         model, result = outcome.model, {"accuracy": outcome.accuracy, "seconds": outcome.seconds}
     if world.primary:
         save(model, folder)

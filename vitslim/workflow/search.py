@@ -1,6 +1,7 @@
 """Step one: learn which attention dimensions, MLP units and tokens matter."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,17 @@ def search(
     forecast = None
     if settings.forecast and budgets:
         forecast = Forecast(budgets, planning or {}, fold, output, journal)
-    outcome = train(
-        masked,
-        settings,
-        stage,
-        world,
-        journal,
-        penalty=Penalty(settings),
-        teacher=teacher if settings.distill_loss_weight else None,
-        after=Watch("search", output, settings, world, forecast),
-    )
+    with closing(Watch("search", output, settings, world, forecast)) as watch:
+        outcome = train(
+            masked,
+            settings,
+            stage,
+            world,
+            journal,
+            penalty=Penalty(settings),
+            teacher=teacher if settings.distill_loss_weight else None,
+            after=watch,
+        )
     if world.primary:
         save(outcome.model, folder)
         Masks.of(outcome.model).save(folder / "masks.safetensors")
