@@ -69,6 +69,41 @@ def test_magnitude_is_the_norm_of_what_a_cut_removes(ablation, model, kind, unit
     assert_close(score.square(), removed)
 
 
+@pytest.fixture
+def searched(model):
+    masked = vitslim.mask(model.float(), kinds=("attention", "mlp"))
+    with torch.no_grad():
+        for name, parameter in masked.named_parameters():
+            if name.endswith(".mask"):
+                # The second layer scores higher throughout, and would keep more.
+                parameter.uniform_(*((0, 0.6) if name.startswith("blocks.0") else (0.4, 1)))
+    return masked
+
+
+def planned(masked, masks):
+    return vitslim.threshold(masked, "attention=0.5,mlp=0.5", masks=masks, round_to=1).blocks
+
+
+def test_even_layers_keep_equal_numbers_and_the_best_of_each(ablation, searched):
+    masks = vitslim.Masks.of(searched)
+    blocks = planned(searched, ablation("criteria").even_layers(masks, 0))
+    for block, scores in zip(blocks, masks.mlp, strict=True):
+        assert block.hidden == sorted(scores.topk(32).indices.tolist())
+        assert sum(map(len, block.heads)) == 8
+    assert len({len(block.hidden) for block in planned(searched, masks)}) == 2
+
+
+def test_random_units_keep_the_widths_and_not_the_units(ablation, searched):
+    masks = vitslim.Masks.of(searched)
+    plan, drawn = (
+        planned(searched, each) for each in (masks, ablation("criteria").random_units(masks, 0))
+    )
+    for block, other in zip(plan, drawn, strict=True):
+        assert [len(head) for head in block.heads] == [len(head) for head in other.heads]
+        assert len(block.hidden) == len(other.hidden)
+        assert block.hidden != other.hidden
+
+
 @UNITS
 def test_taylor_is_how_the_loss_changes_as_a_unit_fades(ablation, model, batch, kind, unit):
     score = getattr(ablation("criteria").taylor(model, [batch]), kind)[0][unit]
@@ -194,7 +229,7 @@ def results(ablation, tmp_path):
 def test_tables_judge_every_setting_by_its_own_reference(ablation, results):
     text = "\n".join(ablation("tables").sections(results))
     said = {line[4:].partition("**")[0]: line for line in text.splitlines() if line[:4] == "- **"}
-    assert len(said) == 7
+    assert len(said) == 9
     assert "no difference at 30%; better at 15% (-0.100" in said["proximal step"]
     # The tokens cost 0.3 against the paper's widths, and the keys nothing against the tokens.
     assert "no difference at 30%; no difference at 15%." in said["token gate on keys"]

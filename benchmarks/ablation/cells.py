@@ -6,7 +6,7 @@ cut at once and retrained for as long as search and retraining take together, or
 dense model for as long as the search takes, and cut then.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Variant:
         search: Its name.
         fold: Whether the masks' values are multiplied into the weights.
         threshold: More arguments of `vitslim.threshold`.
+        scores: What is made of the search's masks before they are ranked, with the seed.
         reference: The variant that it is compared with.
     """
 
@@ -59,6 +60,7 @@ class Variant:
     search: str = "paper"
     fold: bool = True
     threshold: Mapping[str, Any] = field(default_factory=dict)
+    scores: Callable[[Masks, int], Masks] = lambda masks, seed: masks
     reference: str = "paper"
 
 
@@ -72,6 +74,8 @@ VARIANTS = {
     "tokens too": Variant("", "tokens"),
     "token gate on keys": Variant("e", "tokens on keys", reference="tokens too"),
     "score per MAC": Variant("f", threshold={"ranking": "macs"}),
+    "even layers": Variant("g", scores=criteria.even_layers),
+    "random units": Variant("h", scores=criteria.random_units),
 }
 CRITERIA = ("random", "magnitude", "Taylor")
 RIVALS = (*CRITERIA, "Torch-Pruning")
@@ -114,7 +118,8 @@ def cut(folder: Path, seed: int, budget: str, name: str) -> dict[str, Any]:
     """Cuts what a search learned, and retrains."""
     variant = VARIANTS[name]
     masked = load(folder / f"models/{variant.search}-{seed}")
-    plan = threshold(masked, {"macs": budget}, round_to=1, **variant.threshold)
+    masks = variant.scores(Masks.of(masked), seed)
+    plan = threshold(masked, {"macs": budget}, masks=masks, round_to=1, **variant.threshold)
     return _retrained(slim(masked, plan, fold=variant.fold), seed, EPOCHS["retrain"])
 
 

@@ -1,5 +1,8 @@
 """Scores of the rivals: how much a unit matters, read off the dense model without a search.
 
+Beside them, what takes one half of a search's plan away: which layers keep how much, or which of
+their units.
+
 A unit is what a plan can cut. An attention dimension is a row of q, of k and of v with their
 biases, and a column of proj; a hidden unit is a row of fc1 with its bias, and a column of fc2.
 """
@@ -48,6 +51,33 @@ def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Masks:
         [torch.stack(layer).mean(0) for layer in zip(*(m.mlp for m in each), strict=True)],
         [None] * len(model.blocks),
     )
+
+
+def even_layers(masks: Masks, seed: int) -> Masks:
+    """Leaves the order of the units within each layer, and makes all layers equal."""
+    return Masks(_each(masks.attention, _ranks), _each(masks.mlp, _ranks), masks.token)
+
+
+def random_units(masks: Masks, seed: int) -> Masks:
+    """Leaves what every head and every MLP keeps, and draws which of its units."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(scores: Tensor) -> Tensor:
+        rows = scores.view(-1, scores.shape[-1])  # a head each, or the MLP
+        order = torch.stack([torch.randperm(r.numel(), generator=generator) for r in rows])
+        return rows.gather(1, order).view_as(scores)
+
+    return Masks(_each(masks.attention, shuffled), _each(masks.mlp, shuffled), masks.token)
+
+
+def _each(layers: Iterable[Tensor | None], change: Reading) -> list[Tensor | None]:
+    return [None if scores is None else change(scores) for scores in layers]
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Puts in the place of each score the fraction of the layer that it is not below."""
+    ranks = scores.abs().flatten().argsort(stable=True).argsort().float() + 1
+    return (ranks / ranks.numel()).view_as(scores)
 
 
 def _times_gradient(parameter: Tensor) -> Tensor:

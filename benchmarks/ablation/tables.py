@@ -28,6 +28,8 @@ QUESTIONS = {
     "d": "the penalty growing over the first third of the search, against full from the start",
     "e": "token gates as a log-bias on the keys, against scaling the input",
     "f": "one global ranking by score per MAC, against equal fractions of each kind",
+    "g": "the best units of every layer in equal number, against one ranking over all layers",
+    "h": "any units in the number that the search gives a head or an MLP, against its best",
 }
 WAYS = {
     "at once": "cut at once, retrained longer",
