@@ -12,6 +12,7 @@ from .cli_training import asked_by, model_of, retrain_verb, run_verb, search_fol
 from .cli_verbs import EVAL, EVAL_BATCH_SIZE, build_parser
 from .errors import VitslimError
 from .workflow.options.choices import PLANNING
+from .workflow.training.interrupt import Stopped
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -28,19 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         # Training itself finishes its update and saves; this is the time before and after it.
         print("vitslim: interrupted; --resume goes on with what was saved", file=sys.stderr)
         return 130
-    except Exception as error:
-        if not _stopped(error):
-            raise
+    except Stopped as stopped:
         # Under torchrun every process stops, and one of them says so.
         if os.environ.get("RANK", "0") == "0":
-            print(error)
+            print(stopped)
     return 0
-
-
-def _stopped(error: Exception) -> bool:
-    """Whether training was asked to end early and did; what says so is loaded only with it."""
-    module = sys.modules.get("vitslim.workflow.training.interrupt")
-    return module is not None and isinstance(error, module.Stopped)
 
 
 def _threshold(given: dict[str, Any]) -> None:
