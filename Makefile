@@ -78,7 +78,7 @@ gpu-install:
 
 gpu-test:
 	$(GPU_PY) -m pytest $(GPU_TEST) tests/ops -k cuda
-	$(GPU_PY) -m pytest $(GPU_TEST) tests/layers tests/test_surgery.py tests/workflow/training/test_cuda.py
+	$(GPU_PY) -m pytest $(GPU_TEST) tests/layers tests/test_surgery.py tests/workflow/training/test_training_on_cuda.py
 	$(GPU_PY) -m pytest tests/ops/test_native.py tests/test_bfloat16_products.py -rs
 	$(GPU_BENCH) --smoke $(wildcard benchmarks/bench_*_cuda.py)
 
