@@ -19,11 +19,12 @@ SEARCH = [
     *("search", "vit_tiny_patch16_224", "--data", f"folder:{IMAGES}", "--device", "cpu"),
     *("--model-kwargs", "img_size=8", "patch_size=4", "embed_dim=16", "depth=2", "num_heads=2"),
     *("num_classes=2", "--epochs", "3", "--global-batch-size", "8", "--workers", "0"),
-    # Mixup pairs the images of one process, and stochastic depth draws for them.
+    # Mixup pairs the images of one batch, and stochastic depth draws for them.
     *("--mixup", "0", "--cutmix", "0", "--drop-path", "none", "--opt", "momentum", "--lr", "0.05"),
     *("--l1-attention", "0.02", "--l1-mlp", "0.01", "--l1-token", "0.02", "--budget", "macs=60%"),
     *("--round-to", "2", "--resume", "auto", "--checkpoint-steps", "2"),
 ]
+MIXED = ["--mixup", "0.8", "--cutmix", "1", "--drop-path", "0.3"]
 WAYS = {
     "one": (1, []),
     "accumulated": (1, ["--grad-accum-steps", "4"]),
@@ -35,6 +36,10 @@ WAYS = {
     "proximal": (1, ["--l1-step", "proximal"]),
     "two-proximal": (2, ["--l1-step", "proximal"]),
     "sharded-proximal": (2, ["--l1-step", "proximal", "--fsdp"]),
+    # Each has two batches an update.
+    "mixed": (1, [*MIXED, "--grad-accum-steps", "2"]),
+    "two-mixed": (2, MIXED),
+    "sharded-mixed": (2, [*MIXED, "--fsdp", "--grad-checkpointing"]),
 }
 
 

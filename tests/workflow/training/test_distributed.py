@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from image_folder import write_images
 
 import vitslim
@@ -25,6 +26,7 @@ def shared(tmp_path_factory) -> Path:
     return folder
 
 
+@torch.no_grad()
 def difference(one: Path, other: Path) -> float:
     """The largest difference of any weight or mask."""
     pairs = zip(vitslim.load(one).parameters(), vitslim.load(other).parameters(), strict=True)
@@ -41,6 +43,8 @@ def difference(one: Path, other: Path) -> float:
         ("averaged", "sharded"),
         ("proximal", "two-proximal"),
         ("proximal", "sharded-proximal"),
+        ("mixed", "two-mixed"),
+        ("mixed", "sharded-mixed"),
     ],
 )
 def test_the_number_of_processes_changes_nothing(shared: Path, one: str, other: str) -> None:
@@ -58,6 +62,7 @@ def test_the_number_of_processes_changes_nothing(shared: Path, one: str, other: 
 def test_the_ways_that_should_differ_do(shared: Path) -> None:
     assert difference(shared / "one", shared / "averaged") > 1e-4
     assert difference(shared / "one", shared / "proximal") > 1e-4
+    assert difference(shared / "one", shared / "mixed") > 1e-4
 
 
 def test_masks_have_moved(shared: Path) -> None:

@@ -147,7 +147,7 @@ def test_an_overflow_in_float16_skips_one_update(tiny, quick, world, tmp_path) -
     start = tiny.head.weight.clone()
     batch = list(itertools.islice(loop.data.epoch(0), 1))
     loop.update.begin_epoch(0)
-    loop.update(batch, 0.0, where="here")
+    loop.update(batch, 0, 0.0, where="here")
     assert torch.equal(tiny.head.weight, start)
     assert loop.update.scaler.get_scale() == 2.0**39
     assert loop.update.state()["scaler"]["scale"] == 2.0**39

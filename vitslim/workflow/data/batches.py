@@ -192,10 +192,11 @@ def _classes(model: nn.Module) -> int:
 
 
 def _check_size(settings: Settings, images: int, world: World) -> None:
-    if images < settings.batch_size * world.size:
+    needed = settings.images_per_update(world.size)
+    if images < needed:
         raise VitslimError(
-            f"{settings.data} has {images} training images, fewer than one step of "
-            f"{settings.batch_size * world.size}: lower --batch-size."
+            f"{settings.data} has {images} training images, fewer than the {needed} of one update: "
+            "lower --batch-size or --grad-accum-steps."
         )
 
 

@@ -16,7 +16,7 @@ from ...errors import VitslimError
 from ..options.settings import Settings
 from ..training.interrupt import SIGNALS
 from ..training.world import World
-from .sampling import Order, Seeded, SeededErasing
+from .sampling import Deal, Order, Seeded, SeededErasing
 from .streams import Stream
 
 
@@ -62,14 +62,12 @@ class Ordered:
     """
 
     def __init__(self, loader: Any, dataset: Any, settings: Settings, world: World) -> None:
-        seed, size = settings.seed, settings.batch_size
-        self.order = Order(
-            len(dataset), size, seed, world.rank, world.size, repeats=settings.aug_repeats
-        )
-        self.erasing = _seed_erasing(loader, settings, world)
+        deal = _dealt(settings, world)
+        self.order = Order(len(dataset), deal, settings.seed, repeats=settings.aug_repeats)
+        self.erasing = _seed_erasing(loader, settings.seed, deal)
         self.loader = around(
             loader,
-            Seeded(dataset, seed),
+            Seeded(dataset, settings.seed),
             batch_sampler=self.order,
             # Every key brings its own seed, so that a worker may live on from epoch to epoch.
             persistent_workers=settings.workers > 0,
@@ -103,7 +101,7 @@ class Streamed:
     def __init__(self, loader: Any, dataset: Any, settings: Settings, world: World) -> None:
         self.dataset, self.settings, self.rank = dataset, settings, world.rank
         self.steps = len(dataset) // settings.batch_size
-        self.erasing = _seed_erasing(loader, settings, world)
+        self.erasing = _seed_erasing(loader, settings.seed, _dealt(settings, world))
         # The workers are fresh in every epoch, and take their seeds from this generator.
         self.generator = torch.Generator()
         self.loader = around(
@@ -137,11 +135,13 @@ class Streamed:
             )
 
 
-def _seed_erasing(loader: Any, settings: Settings, world: World) -> SeededErasing | None:
+def _dealt(settings: Settings, world: World) -> Deal:
+    return Deal(settings.batch_size, world.rank, world.size, settings.grad_accum_steps)
+
+
+def _seed_erasing(loader: Any, seed: int, deal: Deal) -> SeededErasing | None:
     """Seeds the erasing that timm's prefetcher does on the device; elsewhere a worker does it."""
     if getattr(loader, "random_erasing", None) is None:
         return None
-    loader.random_erasing = SeededErasing(
-        loader.random_erasing, settings.seed, settings.batch_size, world.rank, world.size
-    )
+    loader.random_erasing = SeededErasing(loader.random_erasing, seed, deal)
     return loader.random_erasing

@@ -1,7 +1,7 @@
 """Which image comes when, and with which random numbers: (seed, epoch, position) alone decides.
 
 An epoch is a list of positions. Each has an image and a seed of its own, from which that image is
-augmented. So an epoch is the same for any number of workers and processes and from any batch on.
+augmented. So an epoch is the same for any number of workers and processes and from any update on.
 """
 
 import itertools
@@ -28,48 +28,66 @@ class Key(NamedTuple):
     position: int
 
 
-class Order(Sampler[list[Key]]):
-    """The batches of one process: its share of one permutation that all processes have.
+class Deal(NamedTuple):
+    """What one process has of every update: the positions of each of its batches.
 
-    Only whole global batches are given: positions [k * batch_size * size, (k + 1) * batch_size *
-    size) are batch k, of which process `rank` takes those p with p % size == rank.
+    The positions of an update are dealt in turn among all its batches, those of every process and
+    those that one process makes after another. So a batch is the same whichever process makes it.
 
     Args:
-        images: How many there are; an epoch has as many positions, less the last partial batch.
         batch_size: Images at a time in each process.
-        seed: Of the permutation, together with the epoch.
         rank: This process among all of them.
-        size: How many processes there are.
-        repeats: Repeated augmentation: how often in a row an image of the permutation comes. The
-            copies are augmented apart, and land in different processes where there are several.
+        processes: How many there are.
+        batches: How many of an update each process makes.
     """
 
-    def __init__(
-        self,
-        images: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        size: int = 1,
-        repeats: int = 1,
-    ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.size, self.repeats = rank, size, max(repeats, 1)
+    batch_size: int
+    rank: int = 0
+    processes: int = 1
+    batches: int = 1
+
+    @property
+    def images(self) -> int:
+        """Positions of a whole update."""
+        return self.batch_size * self.processes * self.batches
+
+    def positions(self, number: int) -> range:
+        """Returns the positions of batch `number` of an epoch of this process."""
+        update, turn = divmod(number, self.batches)
+        first = update * self.images + turn * self.processes + self.rank
+        return range(first, first + self.images, self.processes * self.batches)
+
+
+class Order(Sampler[list[Key]]):
+    """The batches of one process: its part of one permutation that all processes have.
+
+    Args:
+        images: How many there are; an epoch has as many positions, less the last partial update.
+        deal: Which positions come when in this process.
+        seed: Of the permutation, together with the epoch.
+        repeats: Repeated augmentation: how often in a row an image of the permutation comes. The
+            copies are augmented apart, and land in different batches where an update has several.
+    """
+
+    def __init__(self, images: int, deal: Deal, seed: int, repeats: int = 1) -> None:
+        self.images, self.deal = images, deal
+        self.seed, self.repeats = seed, max(repeats, 1)
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return self.images // (self.batch_size * self.size)
+        return self.images // self.deal.images * self.deal.batches
 
     def __iter__(self) -> Iterator[list[Key]]:
         """Yields the batches of `self.epoch` from number `self.start` on."""
-        epoch, step = self.epoch, self.batch_size * self.size
+        epoch = self.epoch
         sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch,))
-        order = np.random.default_rng(sequence).permutation(self.images)
-        for first in range(self.start * step, len(self) * step, step):
-            positions = np.arange(first + self.rank, first + step, self.size)
-            images = order[positions // self.repeats].tolist()
-            yield [Key(i, epoch, p) for i, p in zip(images, positions.tolist(), strict=True)]
+        order = np.random.default_rng(sequence).permutation(self.images).tolist()
+        for number in range(self.start, len(self)):
+            yield [
+                Key(order[position // self.repeats], epoch, position)
+                for position in self.deal.positions(number)
+            ]
 
 
 class Seeded(Dataset[Any]):
@@ -86,22 +104,20 @@ class Seeded(Dataset[Any]):
 class SeededErasing:
     """timm's random erasing of a batch on the device, every image from a seed of its own."""
 
-    def __init__(self, erase: Any, seed: int, batch_size: int, rank: int, size: int) -> None:
-        self.erase, self.seed = erase, seed
-        self.batch_size, self.rank, self.size = batch_size, rank, size
+    def __init__(self, erase: Any, seed: int, deal: Deal) -> None:
+        self.erase, self.seed, self.deal = erase, seed, deal
         self.begin(0, 0)
 
     def begin(self, epoch: int, start: int) -> None:
         """Says that the next batch is number `start` of an epoch."""
-        self.epoch = epoch
-        self.positions = itertools.count(start * self.batch_size * self.size + self.rank, self.size)
+        self.epoch, self.numbers = epoch, itertools.count(start)
 
     def __call__(self, images: Tensor) -> Tensor:
         generator = torch.default_generator
         if images.is_cuda:
             generator = torch.cuda.default_generators[images.device.index]
-        # The positions come second, so that none is taken when the images have run out.
-        for image, position in zip(images, self.positions, strict=False):
+        positions = self.deal.positions(next(self.numbers))
+        for image, position in zip(images, positions, strict=True):
             seed_from(self.seed, self.epoch, position, ERASING, generator=generator)
             self.erase(image)
         return images

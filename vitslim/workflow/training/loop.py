@@ -23,7 +23,7 @@ from .penalty import Penalty
 from .sharded import Plain, empty_slots, load_parts, shard
 from .state import StageFolder, State
 from .update import Updater
-from .world import World, seed_everything
+from .world import World
 
 After = Callable[[nn.Module, Data, Mapping[str, Any]], None]
 
@@ -154,12 +154,10 @@ class Loop:
                 f"The training data ended after {step} of {self.updates} updates of the epoch: "
                 "give the true number of images with --train-num-samples."
             )
-        seed_everything(self.settings.seed, self.done, self.world.rank)
         if self.scheduler is not None:
             self.scheduler.step_update(self.done)
-        told = self.update(
-            batches, epoch + step / self.updates, where=f"epoch {epoch + 1}, step {step + 1}"
-        )
+        where = f"epoch {epoch + 1}, step {step + 1}"
+        told = self.update(batches, self.done, epoch + step / self.updates, where)
         if self.average is not None:
             self.average.update(self.model, self.done)
         images = sum(len(target) for _, target in batches)

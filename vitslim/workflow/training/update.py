@@ -19,7 +19,7 @@ from .evaluate import autocast
 from .optimise import make_mixup, make_optimizer
 from .penalty import Penalty
 from .sharded import shard, whole
-from .world import World
+from .world import World, seed_everything
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -81,11 +81,12 @@ class Updater:
         if self.mixup is not None and 0 < self.settings.mixup_off_epoch <= epoch:
             self.mixup.mixup_enabled = False
 
-    def __call__(self, batches: Batches, progress: float, where: str) -> Told:
+    def __call__(self, batches: Batches, update: int, progress: float, where: str) -> Told:
         """Makes one update.
 
         Args:
             batches: The images and targets of this process, of equal sizes.
+            update: How many were made before.
             progress: Epochs done, with fractions.
             where: Says which update this is, for an error.
 
@@ -96,6 +97,9 @@ class Updater:
         loss = torch.zeros((), device=self.world.device)
         cost = None
         for number, (images, target) in enumerate(batches):
+            # Mixup and stochastic depth draw for a batch, whichever process makes it.
+            batch = number * self.world.size + self.world.rank
+            seed_everything(self.settings.seed, update, batch)
             last = number == len(batches) - 1
             # Gradients of the processes are averaged once, with the last batch.
             with nullcontext() if last else self.world.apart(self.net):

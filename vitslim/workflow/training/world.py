@@ -108,9 +108,9 @@ def _local(device: str) -> torch.device:
     return torch.device(device)
 
 
-def seed_everything(seed: int, update: int, rank: int = 0) -> None:
-    """Seeds torch, numpy and random from (seed, update, rank), so that it can be replayed."""
-    seed_from(seed, update, rank, UPDATE)
+def seed_everything(seed: int, update: int, batch: int = 0) -> None:
+    """Seeds torch, numpy and random for a batch of an update, so that it can be replayed."""
+    seed_from(seed, update, batch, UPDATE)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(torch.initial_seed())
 
