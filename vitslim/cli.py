@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def _eval(given: dict[str, Any]) -> None:
     model = open_model(name, choices.pretrained, choices.model_kwargs).to(world.device)
     if weights is not None:
         model = packed_for(model, world.device, weights)
-    accuracy = evaluate(model, open_data(settings, model, world), world, settings)
+    with closing(open_data(settings, model, world)) as data:
+        accuracy = evaluate(model, data, world, settings)
     if world.primary:
         facts = {"model": name, "data": settings.data, "accuracy": accuracy}
         print(json.dumps(facts) if as_json else f"{name}: accuracy {accuracy:.2f} %")

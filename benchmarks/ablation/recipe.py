@@ -1,6 +1,7 @@
 """The one recipe that every model of the study is trained and judged by."""
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def scores(model: nn.Module, settings: Settings) -> dict[str, float]:
     """Returns accuracy in percent and mean cross-entropy over the held-out images."""
     model.eval()
     right = loss = seen = 0.0
-    for images, target in open_data(settings, model, WORLD).held_out():
-        logits = model(images)
-        right += float((logits.argmax(1) == target).sum())
-        loss += float(F.cross_entropy(logits, target, reduction="sum"))
-        seen += len(target)
+    with closing(open_data(settings, model, WORLD)) as data:
+        for images, target in data.held_out():
+            logits = model(images)
+            right += float((logits.argmax(1) == target).sum())
+            loss += float(F.cross_entropy(logits, target, reduction="sum"))
+            seen += len(target)
     return {"accuracy": 100 * right / seen, "cross_entropy": loss / seen}

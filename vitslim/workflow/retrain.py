@@ -14,7 +14,7 @@ from ..surgery import slim
 from .data.batches import Data
 from .options.settings import Settings
 from .report.watch import Watch
-from .search import open_stage, set_drop_path
+from .search import open_stage
 from .training.evaluate import evaluate
 from .training.train import journal_for, stage_args, train
 from .training.world import World, seed_everything
@@ -65,7 +65,6 @@ def retrain(
         return done
     seed_everything(settings.seed, 0)
     model = slim(masked, plan, fold=fold)
-    set_drop_path(model, settings.drop_path)
     journal = journal_for(stage, summary or folder, world)
 
     def cut_accuracy(model: nn.Module, data: Data) -> dict[str, Any]:

@@ -177,15 +177,16 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
     """Returns the dense model and its accuracy, training it if it came without weights."""
     folder, settings = job.output / "dense", job.stages["dense"]
     identity = {"model": job.model, "model_kwargs": dict(job.model_kwargs)}
-    stage = open_stage(folder, stage_args(settings, world, **identity), resume=True)
+    args = stage_args(settings, world, **identity)
+    stage = open_stage(folder, args, resume=True, keep=settings.checkpoint_keep)
     done = stage.result()
     if done is not None:
         return load(folder), float(done["accuracy"])
     seed_everything(settings.seed, 0)
     model: nn.Module = open_model(job.model, job.pretrained, job.model_kwargs)
     if job.pretrained or Path(job.model).is_dir():
-        data = open_data(settings.among(world.size), model, world)
-        accuracy = evaluate(model.to(world.device), data, world, settings)
+        with closing(open_data(settings.among(world.size), model, world)) as data:
+            accuracy = evaluate(model.to(world.device), data, world, settings)
         result = {"accuracy": accuracy, "seconds": 0.0}
     else:
         journal = journal_for("dense", job.output, world)
@@ -196,7 +197,8 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
         save(model, folder)
         stage.finish(result)
     world.wait()
-    return model, float(result["accuracy"])
+    # As a run that goes on after this stage has it.
+    return load(folder), float(result["accuracy"])
 
 
 def _teacher(job: Job, stage: str, dense: nn.Module, world: World) -> nn.Module | None:

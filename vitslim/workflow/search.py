@@ -5,7 +5,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from timm.layers import DropPath
 from torch import nn
 
 from ..checkpoint import load, save
@@ -76,7 +75,6 @@ def search(
         return load(folder)
     seed_everything(settings.seed, 0)
     masked = mask(model, granularity, kinds, token_start, skip, token_gate)
-    set_drop_path(masked, settings.drop_path)
     journal = journal_for("search", summary or folder, world)
     output = summary or folder
     forecast = None
@@ -98,7 +96,8 @@ def search(
         Masks.of(outcome.model).save(folder / "masks.safetensors")
         stage.finish({"accuracy": outcome.accuracy, "seconds": outcome.seconds})
     world.wait()
-    return outcome.model
+    # As a run that goes on after the search has it: without the search's stochastic depth.
+    return load(folder)
 
 
 def open_stage(folder: Path, args: dict[str, object], resume: bool, keep: int = 2) -> StageFolder:
@@ -110,20 +109,3 @@ def open_stage(folder: Path, args: dict[str, object], resume: bool, keep: int = 
             "or give another --output."
         )
     return stage
-
-
-def set_drop_path(model: nn.Module, rate: float | None) -> None:
-    """Sets stochastic depth, growing linearly with depth as timm builds it.
-
-    Args:
-        model: A timm vision transformer; its blocks' DropPath modules are replaced.
-        rate: The rate of the deepest block, or None to leave the model as it is.
-    """
-    if rate is None:
-        return
-    depth = len(model.blocks)
-    for index, block in enumerate(model.blocks):
-        each = rate * index / max(depth - 1, 1)
-        for name in ("drop_path1", "drop_path2"):
-            if hasattr(block, name):
-                setattr(block, name, DropPath(each) if each else nn.Identity())

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data
 from vitslim.workflow.options.settings import settings_for
 from vitslim.workflow.report.journal import Journal
+from vitslim.workflow.training.evaluate import evaluate
 from vitslim.workflow.training.interrupt import Stopped
 from vitslim.workflow.training.state import StageFolder
 from vitslim.workflow.training.train import stage_args, train
@@ -83,6 +85,58 @@ def test_a_signal_ends_the_update_saves_and_says_how_to_go_on(
     assert str(stopped.value).endswith("--resume auto")
     resumed = trained(again(), steps, tmp_path / "broken", world)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_signal_while_evaluating_saves_first_and_evaluates_when_gone_on_with(
+    tiny, steps, world, tmp_path, monkeypatch
+) -> None:
+    again = starting_anew(tiny)
+    averaged = dataclasses.replace(steps, model_ema=True, model_ema_decay=0.5)
+    whole = trained(again(), averaged, tmp_path / "whole", world)
+    looked = []
+
+    def look(model, data, row):
+        """Evaluates a second time, as a forecast does; the signal comes in the second epoch."""
+        if row["epoch"] == 2 and not looked:
+            looked.append(row)
+            signal.raise_signal(signal.SIGTERM)
+        evaluate(model, data, world, averaged)
+
+    with pytest.raises(Stopped, match="after update 10 of 10"):
+        trained(again(), averaged, tmp_path / "broken", world, after=look)
+    state = StageFolder(tmp_path / "broken", stage_args(averaged, world)).latest()[0]
+    assert (state.update, len(state.facts["rows"]), state.accuracy) == (10, 1, None)
+    told = []
+    resumed = trained(
+        again(), averaged, tmp_path / "broken", world, after=lambda *row: told.append(row[2])
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [row["epoch"] for row in told] == [2]
+    assert {n: told[0][n] for n in ("loss", "accuracy")} == {
+        n: looked[0][n] for n in ("loss", "accuracy")
+    }
+
+
+def test_a_signal_to_the_whole_group_ends_a_search_that_has_workers(images, tmp_path) -> None:
+    """They leave the signal to the main process, and end with it."""
+    command = [
+        *(sys.executable, "-m", "vitslim", "search", "vit_tiny_patch16_224", "--device", "cpu"),
+        *("--data", f"folder:{images}", "--output", str(tmp_path / "out"), "--workers", "1"),
+        *("--model-kwargs", "img_size=8", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2"),
+        *("num_classes=2", "--batch-size", "4", "--epochs", "10000"),
+    ]
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, process_group=0
+    )
+    try:
+        # Workers of training and of evaluation are there after an epoch.
+        assert any("epoch 1/" in line for line in run.stdout)
+        os.killpg(run.pid, signal.SIGTERM)
+        told, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 0
+    assert "which is saved in" in told
 
 
 def test_a_full_disk_is_told_and_training_goes_on(

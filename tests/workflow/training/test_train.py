@@ -14,8 +14,9 @@ from vitslim.workflow.options.settings import settings_for
 from vitslim.workflow.report.journal import Journal, read_summary
 from vitslim.workflow.search import search
 from vitslim.workflow.training.loop import Loop
-from vitslim.workflow.training.optimise import make_optimizer
+from vitslim.workflow.training.optimise import make_optimizer, make_scheduler
 from vitslim.workflow.training.penalty import Penalty
+from vitslim.workflow.training.prepare import prepare
 from vitslim.workflow.training.state import StageFolder
 from vitslim.workflow.training.train import stage_args, train
 
@@ -241,3 +242,49 @@ def tiny_kwargs(model: torch.nn.Module) -> dict[str, int]:
 
     torch.manual_seed(0)
     return describe(model)["args"]
+
+
+def test_a_stage_is_prepared_as_it_is_told_whatever_the_one_before_was(tiny, quick) -> None:
+    def rates(model):
+        drops = [getattr(b, name) for b in model.blocks for name in ("drop_path1", "drop_path2")]
+        return [getattr(drop, "drop_prob", 0.0) for drop in drops]
+
+    prepare(tiny, dataclasses.replace(quick, drop_path=0.3, grad_checkpointing=True))
+    assert rates(tiny) == [0.0, 0.0, 0.3, 0.3]
+    assert tiny.grad_checkpointing
+    prepare(tiny, dataclasses.replace(quick, drop_path=0.0))
+    assert rates(tiny) == [0.0] * 4
+    assert not tiny.grad_checkpointing
+
+
+def test_a_search_gives_what_is_read_from_its_folder(tiny, quick, world, tmp_path) -> None:
+    settings = dataclasses.replace(quick, epochs=1, drop_path=0.3)
+    masked = search(tiny, settings, tmp_path, world)
+    assert isinstance(tiny.blocks[1].drop_path1, torch.nn.Identity)
+    assert repr(masked) == repr(vitslim.load(tmp_path))
+
+
+def test_the_average_begins_with_the_first_update(tiny, quick, world, tmp_path) -> None:
+    settings = dataclasses.replace(quick, model_ema=True, model_ema_decay=0.75)
+    stage = StageFolder(tmp_path, stage_args(settings, world))
+    loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    batches, seen = loop.data.epoch(0), []
+    for step in range(3):
+        loop._update([next(batches)], 0, step)
+        seen.append(tiny.head.weight.detach().clone())
+    expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
+    torch.testing.assert_close(loop.average.module.head.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_constant_rate_may_be_warmed_up(tiny, quick, epochs) -> None:
+    settings = dataclasses.replace(quick, sched="none", lr=1.0, warmup_epochs=epochs, warmup_lr=0.0)
+    optimizer = torch.optim.SGD(tiny.parameters(), lr=1.0)
+    scheduler = make_scheduler(optimizer, settings, updates=4)
+    rates = []
+    for update in range(12):
+        if scheduler is not None:
+            scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    warm = [update / (4 * epochs) for update in range(4 * epochs)]
+    assert rates == pytest.approx([*warm, *[1.0] * (12 - len(warm))])

@@ -16,7 +16,7 @@ from ..options.settings import Settings
 from ..training.world import World
 from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
 from .images import Shard, told
-from .loading import Ordered, Streamed, around
+from .loading import Loader, Ordered, Streamed, around, within
 from .sampling import untouched_random
 from .streams import Stream, is_stream
 from .synthetic import IMAGENET_TRAIN, IMAGENET_VAL, Synthetic
@@ -38,13 +38,15 @@ class Training(Protocol):
 class Data:
     """Batches for training and evaluation, on the device.
 
-    Whoever takes them finds the random states of random, numpy and torch as they were.
+    Whoever takes them finds the random states of random, numpy and torch as they were, and closes
+    the data in the end.
     """
 
     train: Training
     evaluation: Iterable[Batch]
     num_classes: int
     device: torch.device
+    loaders: tuple[Loader, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -59,6 +61,11 @@ class Data:
         """Yields this process's share of the held-out batches."""
         # A loader draws a seed for its workers when it begins: let that be in `_given` too.
         return self._given(chain.from_iterable([self.evaluation]))
+
+    def close(self) -> None:
+        """Ends the workers that load images; there may be more batches, from new ones."""
+        for loader in self.loaders:
+            loader.close()
 
     def _given(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -88,11 +95,14 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
     _check_classes(settings, model, opened.num_classes)
     config = resolve_data_config({"input_size": shape}, model=model)
     config["mean"], config["std"] = image_statistics(model, settings, shape[0])
+    train = _training(opened.train, settings, config, world)
+    evaluation = _evaluation(opened.held_out, settings, config, world)
     return Data(
-        _training(opened.train, settings, config, world),
-        _evaluation(opened.held_out, settings, config, world),
+        train,
+        evaluation,
         opened.num_classes or _classes(model),
         world.device,
+        (within(train.loader), within(evaluation)),
     )
 
 
@@ -108,7 +118,9 @@ def image_statistics(
     return config["mean"], config["std"]
 
 
-def _training(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Training:
+def _training(
+    dataset: Any, settings: Settings, config: dict[str, Any], world: World
+) -> Ordered | Streamed:
     if not is_stream(dataset):
         _check_size(settings, len(dataset), world)
     loader = create_loader(
@@ -140,12 +152,15 @@ def _evaluation(dataset: Any, settings: Settings, config: dict[str, Any], world:
         crop_pct=settings.crop_pct or config["crop_pct"],
         **_common(dataset, settings, config, world),
     )
-    if not is_stream(dataset):
-        return loader
-    stream = Stream(
-        dataset, settings.data, settings.bad_images == "skip", rank=world.rank, size=world.size
+    if is_stream(dataset):
+        skip = settings.bad_images == "skip"
+        share = Stream(dataset, settings.data, skip, rank=world.rank, size=world.size)
+    return around(
+        loader,
+        share,
+        batch_size=settings.batch_size,
+        persistent_workers=settings.workers > 0 and not is_stream(dataset),
     )
-    return around(loader, stream, batch_size=settings.batch_size)
 
 
 def _common(

@@ -20,16 +20,41 @@ from .sampling import Deal, Order, Seeded, SeededErasing
 from .streams import Stream
 
 
+class Loader(DataLoader[Any]):
+    """torch's DataLoader, whose workers end when they are told to.
+
+    They leave signals to the main process, also the one with which Python ends its children when it
+    exits: whoever takes batches has to `close`, or Python waits for the workers for ever.
+    """
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._begun: list[Any] = []
+
+    def __iter__(self) -> Any:
+        """Begins the batches anew; workers that persist are those of before."""
+        begun = super().__iter__()
+        self._begun = [begun]
+        return begun
+
+    def close(self) -> None:
+        """Ends the workers, if there are any; whoever iterates again begins new ones."""
+        for begun in self._begun:
+            if hasattr(begun, "_shutdown_workers"):
+                begun._shutdown_workers()
+        self._begun, self._iterator = [], None
+
+
 def around(loader: Any, dataset: Any, **how: Any) -> Any:
     """Gives a loader of timm's another dataset, and keeps timm's collate function and prefetcher.
 
     Args:
         loader: What `create_loader` made.
         dataset: Stands in for the loader's own, and gives what that one gives.
-        how: What else is to be told to torch's DataLoader.
+        how: What else is to be told to the `Loader`.
     """
-    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
-    other = DataLoader(
+    inner = within(loader)
+    other = Loader(
         dataset,
         num_workers=inner.num_workers,
         collate_fn=inner.collate_fn,
@@ -41,6 +66,11 @@ def around(loader: Any, dataset: Any, **how: Any) -> Any:
         return other
     loader.loader = other
     return loader
+
+
+def within(loader: Any) -> Any:
+    """Returns the loader of torch's that is in timm's prefetcher, or is the loader itself."""
+    return loader.loader if isinstance(loader, PrefetchLoader) else loader
 
 
 def _begin_worker(begin: Callable[[int], None] | None, number: int) -> None:

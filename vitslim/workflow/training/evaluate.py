@@ -1,10 +1,13 @@
 """Accuracy on held-out images."""
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Data
 from ..options.settings import Settings
+from .interrupt import Interrupted, interrupted
 from .world import World
 
 
@@ -17,19 +20,38 @@ def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> 
         data: Where the held-out images come from; every process sees its share.
         world: The processes that share the work.
         settings: Whether and how to autocast.
+
+    Raises:
+        Interrupted: While training, a process was asked to stop; all of them raise it.
     """
     was_training = model.training
     model.eval()
     right = torch.zeros((), device=world.device)
     seen = 0
-    for images, target in data.held_out():
-        with autocast(world, settings):
-            logits = model(images)
-        right += (logits.argmax(1) == target).sum()
-        seen += len(target)
-    model.train(was_training)
+    try:
+        for images, target in _heeding(data, world):
+            with autocast(world, settings):
+                logits = model(images)
+            right += (logits.argmax(1) == target).sum()
+            seen += len(target)
+    finally:
+        model.train(was_training)
     total_right, total_seen = world.total([float(right), seen])
     return 100 * total_right / total_seen
+
+
+def _heeding(data: Data, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields held-out batches; processes with fewer of them wait for the others, batch by batch."""
+    batches = data.held_out()
+    while True:
+        batch = next(batches, None)
+        stop, left = world.total([interrupted(), batch is not None])
+        if stop:
+            raise Interrupted
+        if not left:
+            return
+        if batch is not None:
+            yield batch
 
 
 def autocast(world: World, settings: Settings) -> torch.autocast:

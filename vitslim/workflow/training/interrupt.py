@@ -11,9 +11,13 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):  # noqa: N818, for it is no error
+    """A signal came while something was done that can be done again from the start."""
 
 
 class Stopped(Exception):  # noqa: N818, for it is no error
@@ -27,7 +31,10 @@ class Interrupt:
 
     Attributes:
         name: Of the signal that came, such as `SIGTERM`; empty until one does.
+        current: The one whose block is being executed.
     """
+
+    current: ClassVar["Interrupt | None"] = None
 
     def __init__(self) -> None:
         self.name = ""
@@ -42,6 +49,7 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():
             for each in SIGNALS:
                 self._previous[each] = signal.signal(each, self._remember)
+        Interrupt.current = self
         return self
 
     def __exit__(
@@ -50,6 +58,7 @@ class Interrupt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        Interrupt.current = None
         for each, previous in self._previous.items():
             # None was installed by C code, and Python cannot put it back.
             signal.signal(each, signal.SIG_DFL if previous is None else previous)
@@ -59,6 +68,11 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+def interrupted() -> bool:
+    """Returns whether a signal came in the `Interrupt` block that is being executed, if any."""
+    return Interrupt.current is not None and Interrupt.current.asked
 
 
 def resume_command() -> str:

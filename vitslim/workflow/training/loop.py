@@ -3,10 +3,10 @@
 import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -16,10 +16,11 @@ from ..options.settings import Settings
 from ..report.journal import Journal
 from .background import Background
 from .evaluate import evaluate
-from .interrupt import Interrupt, Stopped, resume_command
+from .interrupt import Interrupt, Interrupted, Stopped, resume_command
 from .optimise import make_scheduler
 from .packing import pack_optimizer, unpack_optimizer
 from .penalty import Penalty
+from .prepare import prepare
 from .sharded import Plain, empty_slots, load_parts, shard
 from .state import StageFolder, State
 from .update import Updater
@@ -58,10 +59,7 @@ class Loop:
     ) -> None:
         self.model, self.settings, self.folder = model, settings, folder
         self.world, self.journal = world, journal
-        if settings.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if settings.grad_checkpointing:
-            model.set_grad_checkpointing(True)
+        prepare(model, settings)
         self.average = None
         if settings.model_ema:
             decay, warmup = settings.model_ema_decay, settings.model_ema_warmup
@@ -122,12 +120,19 @@ class Loop:
         total = self.settings.epochs * self.updates
         with Interrupt() as interrupt, self.journal.bar(self.done, total) as bar:
             try:
-                while self.done < total:
-                    self._epoch(bar, interrupt)
-                    self._end_epoch(after)
-                    self._heed(interrupt, saved=True)
+                while self.done < total or not self._evaluated:
+                    if self._evaluated:
+                        self._epoch(bar, interrupt)
+                    with suppress(Interrupted):
+                        self._end_epoch(after)
+                    self._heed(interrupt, saved=self._evaluated)
             finally:
                 self.background.wait()
+
+    @property
+    def _evaluated(self) -> bool:
+        """Whether nothing is left to be done of the epochs whose updates are all made."""
+        return len(self.rows) == self.done // self.updates
 
     def _epoch(self, bar: Any, interrupt: Interrupt) -> None:
         """Makes the updates that are left of an epoch."""
@@ -159,7 +164,8 @@ class Loop:
         where = f"epoch {epoch + 1}, step {step + 1}"
         told = self.update(batches, self.done, epoch + step / self.updates, where)
         if self.average is not None:
-            self.average.update(self.model, self.done)
+            # timm counts the update just made.
+            self.average.update(self.model, self.done + 1)
         images = sum(len(target) for _, target in batches)
         self.loss += told.loss * images
         self.images += images
@@ -167,6 +173,7 @@ class Loop:
         self.done += 1
 
     def _end_epoch(self, after: After | None) -> None:
+        """Evaluates; an interruption leaves everything as it was after the epoch's last update."""
         began = time.perf_counter()
         # Evaluation may fork workers, which is safe with one thread only.
         self.background.wait()
@@ -183,12 +190,13 @@ class Loop:
             "images_per_second": seen / self.seconds,
             "seconds": self.seconds + time.perf_counter() - began,
         }
-        self.rows.append(row)
-        self.loss = self.images = self.seconds = 0.0
-        self.journal.row(self.rows, self.settings.epochs)
+        rows = [*self.rows, row]
+        self.journal.row(rows, self.settings.epochs)
         # Before the checkpoint: whatever a kill leaves out here is done again with the epoch.
         if after is not None:
             after(result, self.data, row)
+        self.rows = rows
+        self.loss = self.images = self.seconds = 0.0
         self._save(accuracy)
 
     def _heed(self, interrupt: Interrupt, saved: bool) -> None:

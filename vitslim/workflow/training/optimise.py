@@ -48,19 +48,24 @@ def _undecayed(model: nn.Module) -> tuple[str, ...]:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, updates: int) -> Any:
-    """Makes timm's schedule over so many updates an epoch, None for a constant rate."""
-    if settings.sched == "none":
-        return None
+    """Makes timm's schedule over so many updates an epoch, None for a rate that never changes."""
+    name, steps = settings.sched, {}
+    if name == "none":
+        if not settings.warmup_epochs:
+            return None
+        # Steps that change nothing, after the warm-up.
+        name, steps = "step", {"decay_epochs": settings.epochs, "decay_rate": 1.0}
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
-            settings.sched,
+            name,
             num_epochs=settings.epochs,
             warmup_epochs=settings.warmup_epochs,
             warmup_lr=settings.warmup_lr,
             min_lr=settings.min_lr,
             step_on_epochs=False,
             updates_per_epoch=updates,
+            **steps,
         )
     except ValueError:
         scheduler = None

@@ -25,10 +25,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.optim import Adan, Lamb, NAdamW
 from torch import Tensor, nn
 
 from ...errors import VitslimError
 from ...masks import mask_weights
+
+# Those whose steps are the ones above. Others of the Adam family differ in ways that move the
+# minimum: Adopt does not correct the bias of v, RAdam begins without it.
+KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, NAdamW, Adan, Lamb)
+# So does what changes a step beside them, where a group of parameters has it.
+CHANGES = ("max_grad_norm", "clipping_threshold", "caution")
 
 
 class Proximal:
@@ -39,14 +46,14 @@ class Proximal:
 
     Args:
         model: A masked model, wrapped or not.
-        optimizer: Of the Adam family, or SGD.
+        optimizer: torch's SGD, Adam or AdamW, or timm's NAdamW, Adan, or Lamb without clipping.
         attention: Weight of the attention masks; the paper's values are the defaults.
         mlp: Weight of the MLP masks.
         token: Weight of the token gates.
         per: How weights are spread: "kind", the paper's, "unit" or "mac".
 
     Raises:
-        VitslimError: The model has no masks.
+        VitslimError: The model has no masks, or the optimiser's steps have no metric known here.
     """
 
     def __init__(
@@ -58,6 +65,13 @@ class Proximal:
         token: float = 1e-4,
         per: str = "kind",
     ) -> None:
+        changed = [n for group in optimizer.param_groups for n in CHANGES if group.get(n)]
+        if type(optimizer) not in KNOWN or changed:
+            name = type(optimizer).__name__ + (f" with {changed[0]}" if changed else "")
+            raise VitslimError(
+                "a proximal step knows the metric of SGD, Adam, AdamW, NAdamW and Adan, not that "
+                f"of {name}: use --l1-step subgradient, or --opt adamw"
+            )
         self.optimizer = optimizer
         self._masks = partial(mask_weights, model, attention, mlp, token, per)
         self._masks()
@@ -68,9 +82,6 @@ class Proximal:
 
         Args:
             scale: Multiplies all weights, while they grow.
-
-        Raises:
-            VitslimError: The optimiser's steps have no metric known here.
         """
         # Asked for anew each time: sharding changes parameters, loading changes groups.
         parts = {part.parameter: (part, weight) for part, weight in self._masks()}
@@ -90,21 +101,15 @@ class Proximal:
 
     def _step_size(self, group: Mapping[str, Any], parameter: Tensor) -> Tensor | float | None:
         """Returns the t of every element, None for a mask that has had no gradient yet."""
-        state = self.optimizer.state.get(parameter, {})
-        lr, betas, step = group["lr"], group.get("betas"), state.get("step", group.get("step"))
-        if betas is None and state.keys() <= {"momentum_buffer"}:
-            momentum = group.get("momentum", 0)
+        state, lr, betas = self.optimizer.state.get(parameter, {}), group["lr"], group.get("betas")
+        if betas is None:
+            momentum = group["momentum"]
             # Dampening weakens what momentum gathers, and acts only where something is gathered.
-            gathered = 1 - group.get("dampening", 0) if momentum else 1
+            gathered = 1 - group["dampening"] if momentum else 1
             return lr * gathered / (1 - momentum)
-        if betas is not None and not state:
+        if not state:
             return None
-        square = state.get("exp_avg_sq")
-        if betas is None or step is None or square is None or square.shape != parameter.shape:
-            raise VitslimError(
-                f"a proximal step knows the metric of SGD and of the Adam family, not that of "
-                f"{type(self.optimizer).__name__}: use --l1-step subgradient, or --opt adamw"
-            )
-        # AMSGrad divides by the largest so far.
-        square = state.get("max_exp_avg_sq", square)
+        # AMSGrad divides by the largest so far. Lamb and Adan count steps by the group.
+        square = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        step = state["step"] if "step" in state else group["step"]
         return lr / ((square / (1 - betas[-1] ** step)).sqrt() + group["eps"])

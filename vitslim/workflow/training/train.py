@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,19 @@ def train(
     settings = settings.among(world.size)
     with cpu_threads(settings.threads):
         loop = Loop(model.to(world.device), settings, folder, world, journal, penalty, teacher)
-        state, trouble = folder.latest()
-        if trouble:
-            journal.say(f"{trouble}; going on from the checkpoint before it.")
-        if state is not None:
-            loop.load(state)
-            epoch, step = divmod(loop.done, loop.updates)
-            within = f" and {step} updates" if step else ""
-            journal.say(f"going on after epoch {epoch}{within} of {settings.epochs} epochs.")
-            journal.record(loop.rows)
-        elif before is not None:
-            loop.facts = before(loop.result(), loop.data)
-        loop.run(after)
+        with closing(loop.data):
+            state, trouble = folder.latest()
+            if trouble:
+                journal.say(f"{trouble}; going on from the checkpoint before it.")
+            if state is not None:
+                loop.load(state)
+                epoch, step = divmod(loop.done, loop.updates)
+                within = f" and {step} updates" if step else ""
+                journal.say(f"going on after epoch {epoch}{within} of {settings.epochs} epochs.")
+                journal.record(loop.rows)
+            elif before is not None:
+                loop.facts = before(loop.result(), loop.data)
+            loop.run(after)
     world.wait()
     seconds = sum(row["seconds"] for row in loop.rows)
     best = max(loop.rows, key=lambda row: (row["accuracy"], row["epoch"]))

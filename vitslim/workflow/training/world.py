@@ -34,8 +34,9 @@ class World:
         if self.size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
+        # Buffers are constants: what a slim layer has kept, and how it weighs tokens.
         return nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
         )
 
     @contextmanager
