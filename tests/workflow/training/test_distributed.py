@@ -1,6 +1,8 @@
 """Processes: their number changes nothing, and one that dies is no loss."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,19 @@ def test_the_ways_that_should_differ_do(shared: Path) -> None:
 def test_masks_have_moved(shared: Path) -> None:
     masks = vitslim.Masks.load(shared / "one/masks.safetensors")
     assert max(float(mask.max()) for mask in masks.mlp) < 0.99
+
+
+def test_a_full_disk_of_one_process_is_told_and_all_go_on(shared: Path) -> None:
+    log = (shared / "full.log").read_text()
+    told = [line for line in log.splitlines() if "could not be written (No space left" in line]
+    # Of the first checkpoint, the third, and the one for the signal that came then.
+    assert len(told) == 3
+    assert "Traceback" not in log
+    # Neither process says that it was saved.
+    assert json.loads((shared / "full.statuses").read_text()) == [2, 2]
+    assert len(re.findall(r"error: stopped after update [78] of 12, which could not be", log)) == 2
+    left = [path.name for path in (shared / "full/state").iterdir()]
+    assert left == ["step-0000000004"]
 
 
 @pytest.mark.parametrize(("name", "more"), [("one", []), ("averaged", ["--fsdp"])])
