@@ -139,8 +139,9 @@ class Updater:
         norm = whole(get_total_norm([p.grad for p in parameters]))
         penalty = loss.new_zeros(()) if cost is None else cost.detach()
         value, paid, length = torch.stack([loss, penalty, norm.to(loss.device)]).tolist()
-        # An infinite gradient in float16 is the scaler's business: it leaves this update out.
-        finite = math.isfinite(length) or self.scaler.is_enabled()
+        # A gradient too large for float16 is the scaler's business: it leaves this update out. The
+        # scaler enlarges gradients, so at 1, its scale when there is none, it is not to blame.
+        finite = math.isfinite(length) or self.scaler.get_scale() > 1
         if not (math.isfinite(value + paid) and finite):
             self._stop("loss" if not math.isfinite(value + paid) else "gradient", images, where)
         clip, mode = self.settings.clip_grad, self.settings.clip_mode
