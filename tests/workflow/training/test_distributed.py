@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from image_folder import write_images
 
 import vitslim
 from vitslim.workflow.report.journal import read_summary
+from vitslim.workflow.report.ongoing import masks_so_far
+from vitslim.workflow.training.sharded import load_parts
 
 HERE = Path(__file__).parent
 
@@ -78,6 +81,18 @@ def test_a_full_disk_of_one_process_is_told_and_all_go_on(shared: Path) -> None:
     assert len(re.findall(r"error: stopped after update [78] of 12, which could not be", log)) == 2
     left = [path.name for path in (shared / "full/state").iterdir()]
     assert left == ["step-0000000004"]
+
+
+def test_the_masks_of_a_sharded_search_can_be_looked_at_as_it_goes(shared: Path) -> None:
+    folder = shared / "full/state/step-0000000004"
+    masked = vitslim.load(shared / "one")
+    load_parts(folder, {"model": masked.state_dict()})
+    masks, when = masks_so_far(shared / "full")
+    assert when == "update 4"
+    wanted = vitslim.Masks.of(masked)
+    for kind in vitslim.masks.KINDS:
+        for ours, theirs in zip(getattr(masks, kind), getattr(wanted, kind), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("name", "more"), [("one", []), ("averaged", ["--fsdp"])])
