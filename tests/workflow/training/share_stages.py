@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import forked
+from torch import nn
 
 FOLDER, IMAGES = Path(sys.argv[1]), sys.argv[2]
 SEARCH = [
@@ -27,6 +29,7 @@ SEARCH = [
     *("--l1-attention", "0.02", "--l1-mlp", "0.01", "--l1-token", "0.02", "--budget", "macs=60%"),
     *("--round-to", "2", "--resume", "auto", "--checkpoint-steps", "2"),
 ]
+HALF = ["--amp", "--amp-dtype", "float16"]
 WAYS = {
     "one": (1, []),
     "accumulated": (1, ["--grad-accum-steps", "4"]),
@@ -38,6 +41,8 @@ WAYS = {
     "proximal": (1, ["--l1-step", "proximal"]),
     "two-proximal": (2, ["--l1-step", "proximal"]),
     "sharded-proximal": (2, ["--l1-step", "proximal", "--fsdp"]),
+    "two-half": (2, HALF),
+    "sharded-half": (2, [*HALF, "--fsdp", "--compile"]),
 }
 
 
@@ -80,6 +85,8 @@ def main() -> None:
         run("fewer", Path(sys.argv[3]), 2, [], stop=True)
         run("fewer", Path(sys.argv[3]), 1, [])
         return
+    # The graphs of torch.compile without code of their own: writing that takes a minute.
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     for name, (processes, more) in WAYS.items():
         run(name, FOLDER, processes, more)
     run_on_full_disks()

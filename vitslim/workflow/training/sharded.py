@@ -26,22 +26,40 @@ from torch.distributed.tensor import DTensor
 from ...errors import VitslimError
 from .world import World
 
+# Of one block: with gradients, and without to see where a number stopped being finite.
+GRAPHS = 2
 
-def shard(net: nn.Module, world: World) -> None:
+
+def shard(net: nn.Module, world: World, compiled: bool = False) -> None:
     """Shards a network over all processes in place: each block of its model, then the rest.
 
     Args:
         net: A timm vision transformer, or a module that holds one.
         world: The processes; torchrun must have started them.
+        compiled: Whether to compile each block, which is a graph of its own: between two of them
+            parameters are gathered.
     """
     if not dist.is_initialized():
         raise VitslimError("--fsdp shares a model among processes: start them with torchrun.")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for module in list(net.modules()):
         if isinstance(blocks := getattr(module, "blocks", None), nn.Sequential):
+            if compiled:
+                _compile_each(blocks)
             for block in blocks:
                 fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
+
+
+def _compile_each(blocks: nn.Sequential) -> None:
+    # torch counts the graphs of a function, and blocks that all differ are many graphs of one; the
+    # blocks of an earlier stage would count too.
+    torch.compiler.reset()
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS * len(blocks))
+    for block in blocks:
+        # Of a block's own sizes, instead of one graph for the sizes of all.
+        block.compile(fullgraph=True, dynamic=False)
 
 
 class Plain:

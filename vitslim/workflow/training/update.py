@@ -59,12 +59,12 @@ class Updater:
             net = self.distillation = Distillation(model, teacher.to(world.device), settings)
         self.trained = net.to(world.device)
         if settings.fsdp:
-            shard(net, world)
+            shard(net, world, settings.compile)
+        elif settings.compile:
+            net.compile(fullgraph=True)
         self.optimizer = make_optimizer(net, settings, settings.images_per_update(world.size))
         if penalty is not None:
             penalty.follow(model, self.optimizer)
-        if settings.compile:
-            net.compile(fullgraph=True)
         self.net = world.wrap(net)
         scaled = settings.amp and settings.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
