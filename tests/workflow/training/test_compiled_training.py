@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitslim
+from vitslim.errors import VitslimError
 from vitslim.workflow.report.journal import Journal
 from vitslim.workflow.search import search
 from vitslim.workflow.training.loop import Loop
@@ -85,6 +87,19 @@ def test_blocks_of_a_sharded_model_are_a_graph_each(
         losses.append([loop.update(batch, 0, where="here").loss for batch in batches])
     assert counted.frame_count == len(model.blocks) > 1
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_not_finite_is_found_in_a_compiled_model(
+    tiny, quick, world, tmp_path, counted, alone, sharded
+) -> None:
+    settings = dataclasses.replace(quick, fsdp=sharded, compile=True)
+    stage = StageFolder(tmp_path, stage_args(settings, world))
+    loop = Loop(tiny, settings, stage, world, Journal("x", None, quiet=True))
+    loop.update.criterion = lambda out, target: (0 * out.sum()).sqrt()
+    loop.update.begin_epoch(0)
+    with pytest.raises(VitslimError, match=r"gradient is not finite in here, .* of head.bias"):
+        loop.update(list(itertools.islice(loop.data.epoch(0), 1)), 0, where="here")
 
 
 def test_compiled_training_ends_where_eager_training_does(

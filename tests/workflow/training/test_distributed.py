@@ -14,6 +14,7 @@ from image_folder import write_images
 import vitslim
 from vitslim.workflow.report.journal import read_summary
 from vitslim.workflow.report.ongoing import masks_so_far
+from vitslim.workflow.training import diagnosis
 from vitslim.workflow.training.sharded import load_parts
 
 HERE = Path(__file__).parent
@@ -83,6 +84,26 @@ def test_a_full_disk_of_one_process_is_told_and_all_go_on(shared: Path) -> None:
     assert len(re.findall(r"error: stopped after update [78] of 12, which could not be", log)) == 2
     left = [path.name for path in (shared / "full/state").iterdir()]
     assert left == ["step-0000000004"]
+
+
+def test_a_process_with_a_bad_image_asks_as_much_of_a_sharded_model(tiny, monkeypatch) -> None:
+    """For those that look for what their gradient has from it, and would wait for its parts."""
+    asked, finite = [], diagnosis._finite
+    names = {id(parameter): name for name, parameter in tiny.named_parameters()}
+
+    def listening(tensor: torch.Tensor) -> bool:
+        asked.append(names.get(id(tensor)))
+        return finite(tensor)
+
+    monkeypatch.setattr(diagnosis, "_finite", listening)
+    images, found = torch.zeros(2, 1, 8, 8), []
+    for pixel in (0.0, float("nan")):
+        images[0, 0, 0, 0] = pixel
+        asked.clear()
+        where = diagnosis.first_non_finite(tiny, images, backward=True)
+        found.append((where, [*asked]))
+    assert [where for where, _ in found] == ["the loss itself", "the images"]
+    assert found[0][1] == found[1][1]
 
 
 def test_the_masks_of_a_sharded_search_can_be_looked_at_as_it_goes(shared: Path) -> None:

@@ -158,8 +158,9 @@ class Updater:
         return told, clip / length if by_norm else 1.0
 
     def _stop(self, what: str, images: Tensor, where: str) -> None:
-        with autocast(self.world, self.settings):
-            layer = first_non_finite(self.model, images, backward=what == "gradient")
+        # A compiled graph has no place for what looks at every layer.
+        with torch.compiler.set_stance("force_eager"), autocast(self.world, self.settings):
+            layer = first_non_finite(self.trained, images, backward=what == "gradient")
         raise VitslimError(
             f"The {what} is not finite in {where}, first in {layer}: "
             "lower --lr, set --clip-grad, or look at the data; the last checkpoint is kept."
