@@ -2,9 +2,9 @@
 
 usage: share_stages.py FOLDER IMAGES [FEWER]
 
-Every way makes FOLDER/NAME, to be compared by the caller; FOLDER/full is of two processes whose
-disks fill up, and FOLDER/full.statuses what they ended with. With FEWER, only a search that begins
-in two processes, is stopped there, and ends in one: FEWER/fewer.
+Every way makes FOLDER/NAME, to be compared by the caller; FOLDER/full and FOLDER/sharded-full are
+of two processes whose disks fill up, and FOLDER/full.statuses what they ended with. With FEWER,
+only a search that begins in two processes, is stopped there, and ends in one: FEWER/fewer.
 """
 
 import errno
@@ -59,25 +59,28 @@ def run(name: str, folder: Path, processes: int, more: list[str], stop: bool = F
         sys.exit(f"{name}: {log.read_text()}")
 
 
-def run_on_full_disks() -> None:
-    """The first process cannot write the end of its first checkpoint; the second one no third."""
+def run_on_full_disks(name: str, more: list[str], last: str) -> None:
+    """Lets the first process fail at the end of the first checkpoint, and one at all after two.
+
+    Where that one fails first, it is told to stop.
+    """
     sync = os.fsync
 
     def full(descriptor: int) -> None:
         path, rank = Path(f"/proc/self/fd/{descriptor}").readlink(), os.environ["RANK"]
         step = int(path.parent.stem[-10:]) if path.parent.stem.startswith("step-") else 0
-        if (rank, step, path.name) == ("0", 2, "state.json") or (rank == "1" and step >= 6):
+        if (rank, step, path.name) == ("0", 2, "state.json") or (rank == last and step >= 6):
             if step == 6:
                 os.kill(os.getpid(), signal.SIGTERM)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
     os.fsync = full
-    command = [*SEARCH, "--fsdp", "--output", str(FOLDER / "full")]
-    started = forked.start_world(command, FOLDER / "full.log", 2)
+    command = [*SEARCH, *more, "--output", str(FOLDER / name)]
+    started = forked.start_world(command, FOLDER / f"{name}.log", 2)
     os.fsync = sync
     statuses = [forked.finish(process) for process in started]
-    (FOLDER / "full.statuses").write_text(json.dumps(statuses))
+    (FOLDER / f"{name}.statuses").write_text(json.dumps(statuses))
 
 
 def main() -> None:
@@ -89,7 +92,8 @@ def main() -> None:
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     for name, (processes, more) in WAYS.items():
         run(name, FOLDER, processes, more)
-    run_on_full_disks()
+    run_on_full_disks("full", [], last="0")
+    run_on_full_disks("sharded-full", ["--fsdp"], last="1")
 
 
 if __name__ == "__main__":

@@ -73,16 +73,17 @@ def test_masks_have_moved(shared: Path) -> None:
     assert max(float(mask.max()) for mask in masks.mlp) < 0.99
 
 
-def test_a_full_disk_of_one_process_is_told_and_all_go_on(shared: Path) -> None:
-    log = (shared / "full.log").read_text()
+@pytest.mark.parametrize("name", ["full", "sharded-full"])
+def test_a_full_disk_of_one_process_is_told_and_all_go_on(shared: Path, name: str) -> None:
+    log = (shared / f"{name}.log").read_text()
     told = [line for line in log.splitlines() if "could not be written (No space left" in line]
     # Of the first checkpoint, the third, and the one for the signal that came then.
     assert len(told) == 3
     assert "Traceback" not in log
     # Neither process says that it was saved.
-    assert json.loads((shared / "full.statuses").read_text()) == [2, 2]
+    assert json.loads((shared / f"{name}.statuses").read_text()) == [2, 2]
     assert len(re.findall(r"error: stopped after update [78] of 12, which could not be", log)) == 2
-    left = [path.name for path in (shared / "full/state").iterdir()]
+    left = [path.name for path in (shared / name / "state").iterdir()]
     assert left == ["step-0000000004"]
 
 
@@ -107,15 +108,18 @@ def test_a_process_with_a_bad_image_asks_as_much_of_a_sharded_model(tiny, monkey
 
 
 def test_the_masks_of_a_sharded_search_can_be_looked_at_as_it_goes(shared: Path) -> None:
-    folder = shared / "full/state/step-0000000004"
+    folder = shared / "sharded-full/state/step-0000000004"
     masked = vitslim.load(shared / "one")
     load_parts(folder, {"model": masked.state_dict()})
-    masks, when = masks_so_far(shared / "full")
+    masks, when = masks_so_far(shared / "sharded-full")
     assert when == "update 4"
     wanted = vitslim.Masks.of(masked)
     for kind in vitslim.masks.KINDS:
         for ours, theirs in zip(getattr(masks, kind), getattr(wanted, kind), strict=True):
             assert torch.equal(ours, theirs)
+    # What is of another model is told by an exception that can be caught.
+    with pytest.raises(ValueError, match="Size mismatch"):
+        load_parts(folder, {"model": {"head.weight": torch.zeros(3)}})
 
 
 @pytest.mark.parametrize(("name", "more"), [("one", []), ("averaged", ["--fsdp"])])

@@ -26,9 +26,6 @@ from torch.distributed.tensor import DTensor
 from ...errors import VitslimError
 from .world import World
 
-# Of one block: with gradients, and without to see where a number stopped being finite.
-GRAPHS = 2
-
 
 def shard(net: nn.Module, world: World, compiled: bool = False) -> None:
     """Shards a network over all processes in place: each block of its model, then the rest.
@@ -41,22 +38,22 @@ def shard(net: nn.Module, world: World, compiled: bool = False) -> None:
     """
     if not dist.is_initialized():
         raise VitslimError("--fsdp shares a model among processes: start them with torchrun.")
+    stacks = (getattr(module, "blocks", None) for module in net.modules())
+    blocks = [block for stack in stacks if isinstance(stack, nn.Sequential) for block in stack]
+    if compiled:
+        _compile_each(blocks)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for module in list(net.modules()):
-        if isinstance(blocks := getattr(module, "blocks", None), nn.Sequential):
-            if compiled:
-                _compile_each(blocks)
-            for block in blocks:
-                fully_shard(block, mesh=mesh)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
-def _compile_each(blocks: nn.Sequential) -> None:
+def _compile_each(blocks: list[nn.Module]) -> None:
     # torch counts the graphs of a function, and blocks that all differ are many graphs of one; the
-    # blocks of an earlier stage would count too.
+    # blocks of an earlier stage would count too. One is enough for each, and one is to spare.
     torch.compiler.reset()
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, GRAPHS * len(blocks))
+    config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
     for block in blocks:
         # Of a block's own sizes, instead of one graph for the sizes of all.
         block.compile(fullgraph=True, dynamic=False)
