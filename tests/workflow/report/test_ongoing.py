@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vitslim
 from vitslim import Masks
@@ -41,6 +41,23 @@ def checkpoint(stage, update, tensors=None, name="model", **args):
     facts["facts"] = {"updates_per_epoch": 10}
     (folder / "state.json").write_text(json.dumps(facts))
     return folder
+
+
+def in_parts(folder):
+    """Makes the weights of a checkpoint those of two processes, each with its rows."""
+    path = folder / "model.safetensors"
+    shards = [{}, {}]
+    for name, value in load_file(path).items():
+        halves = value.tensor_split(2) if len(value) > 1 else [value]
+        for shard, half in zip(shards, halves, strict=False):
+            shard[f"model/{name}"] = half.contiguous()
+    path.unlink()
+    names = [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name)
+    facts = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**facts, "files": dict.fromkeys(names, "")}))
+    return [folder / name for name in names]
 
 
 def summary(folder, **epochs):
@@ -114,12 +131,15 @@ def test_masks_of_a_checkpoint_are_those_of_the_model(tmp_path, tiny, granularit
     # Distillation holds the model it trains under another name.
     for prefix, update in (("", 1), ("student.", 2)):
         tensors = {prefix + name: value for name, value in masked.state_dict().items()}
-        checkpoint(tmp_path, update, tensors)
-        masks, when = masks_so_far(tmp_path)
-        assert when == f"update {update}"
-        for kind in wanted.kinds():
-            for ours, theirs in zip(getattr(masks, kind), getattr(wanted, kind), strict=True):
-                assert torch.equal(ours, theirs)
+        folder = checkpoint(tmp_path, update, tensors)
+        for parts in (False, True):
+            if parts:
+                in_parts(folder)
+            masks, when = masks_so_far(tmp_path)
+            assert when == f"update {update}"
+            for kind in wanted.kinds():
+                for ours, theirs in zip(getattr(masks, kind), getattr(wanted, kind), strict=True):
+                    assert torch.equal(ours, theirs)
 
 
 def test_averaged_masks_come_before_those_that_are_trained(tmp_path, tiny):
@@ -130,13 +150,17 @@ def test_averaged_masks_come_before_those_that_are_trained(tmp_path, tiny):
     assert torch.equal(masks.mlp[0], Masks.of(averaged).mlp[0])
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "no state.json", "being written", "no masks"])
+@pytest.mark.parametrize(
+    "damage", ["gone", "part gone", "cut", "no state.json", "being written", "no masks"]
+)
 def test_newest_checkpoint_that_can_be_read_is_taken(running, tiny, damage):
     tensors = tiny.state_dict() if damage == "no masks" else masked_model(tiny).state_dict()
     newest = checkpoint(running / "search", 38, tensors, kinds=["mlp"])
     weights = newest / "model.safetensors"
     if damage == "gone":
         weights.unlink()
+    elif damage == "part gone":
+        in_parts(newest)[1].unlink()
     elif damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "no state.json":

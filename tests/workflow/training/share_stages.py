@@ -2,17 +2,22 @@
 
 usage: share_stages.py FOLDER IMAGES [FEWER]
 
-Every way makes FOLDER/NAME, to be compared by the caller. With FEWER, only a search that begins in
-two processes, is stopped there, and ends in one: FEWER/fewer.
+Every way makes FOLDER/NAME, to be compared by the caller; FOLDER/full and FOLDER/sharded-full are
+of two processes whose disks fill up, and FOLDER/full.statuses what they ended with. With FEWER,
+only a search that begins in two processes, is stopped there, and ends in one: FEWER/fewer.
 """
 
+import errno
+import json
 import os
 import signal
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import forked
+from torch import nn
 
 FOLDER, IMAGES = Path(sys.argv[1]), sys.argv[2]
 SEARCH = [
@@ -25,6 +30,7 @@ SEARCH = [
     *("--round-to", "2", "--resume", "auto", "--checkpoint-steps", "2"),
 ]
 MIXED = ["--mixup", "0.8", "--cutmix", "1", "--drop-path", "0.3"]
+HALF = ["--amp", "--amp-dtype", "float16"]
 WAYS = {
     "one": (1, []),
     "accumulated": (1, ["--grad-accum-steps", "4"]),
@@ -40,6 +46,8 @@ WAYS = {
     "mixed": (1, [*MIXED, "--grad-accum-steps", "2"]),
     "two-mixed": (2, MIXED),
     "sharded-mixed": (2, [*MIXED, "--fsdp", "--grad-checkpointing"]),
+    "two-half": (2, HALF),
+    "sharded-half": (2, [*HALF, "--fsdp", "--compile"]),
 }
 
 
@@ -56,13 +64,41 @@ def run(name: str, folder: Path, processes: int, more: list[str], stop: bool = F
         sys.exit(f"{name}: {log.read_text()}")
 
 
+def run_on_full_disks(name: str, more: list[str], last: str) -> None:
+    """Lets the first process fail at the end of the first checkpoint, and one at all after two.
+
+    Where that one fails first, it is told to stop.
+    """
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        path, rank = Path(f"/proc/self/fd/{descriptor}").readlink(), os.environ["RANK"]
+        step = int(path.parent.stem[-10:]) if path.parent.stem.startswith("step-") else 0
+        if (rank, step, path.name) == ("0", 2, "state.json") or (rank == last and step >= 6):
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    os.fsync = full
+    command = [*SEARCH, *more, "--output", str(FOLDER / name)]
+    started = forked.start_world(command, FOLDER / f"{name}.log", 2)
+    os.fsync = sync
+    statuses = [forked.finish(process) for process in started]
+    (FOLDER / f"{name}.statuses").write_text(json.dumps(statuses))
+
+
 def main() -> None:
     if len(sys.argv) > 3:
         run("fewer", Path(sys.argv[3]), 2, [], stop=True)
         run("fewer", Path(sys.argv[3]), 1, [])
         return
+    # The graphs of torch.compile without code of their own: writing that takes a minute.
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     for name, (processes, more) in WAYS.items():
         run(name, FOLDER, processes, more)
+    run_on_full_disks("full", [], last="0")
+    run_on_full_disks("sharded-full", ["--fsdp"], last="1")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """torch.compile in training: one graph of the whole model, however its blocks differ."""
 
+import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitslim
+from vitslim.errors import VitslimError
 from vitslim.workflow.report.journal import Journal
 from vitslim.workflow.search import search
 from vitslim.workflow.training.loop import Loop
@@ -58,6 +61,45 @@ def test_training_is_one_graph_without_recompilation(
     # another model.
     assert counted.frame_count == (2 if teacher else 1)
     loop.background.wait()
+
+
+@pytest.fixture
+def alone():
+    """A world of this process, for what wants torch.distributed."""
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_blocks_of_a_sharded_model_are_a_graph_each(
+    tiny, quick, world, tmp_path, counted, alone
+) -> None:
+    model, losses = _slim(tiny), []
+    for compiled in (False, True):
+        settings = dataclasses.replace(quick, fsdp=True, compile=compiled, epochs=2)
+        stage = StageFolder(tmp_path, stage_args(settings, world))
+        loop = Loop(copy.deepcopy(model), settings, stage, world, Journal("x", None, quiet=True))
+        loop.update.begin_epoch(0)
+        batches = [[batch] for batch in loop.data.epoch(0)]
+        losses.append([loop.update(batch, 0, where="here").loss for batch in batches])
+    assert counted.frame_count == len(model.blocks) > 1
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_not_finite_is_found_in_a_compiled_model(
+    tiny, quick, world, tmp_path, counted, alone, sharded
+) -> None:
+    settings = dataclasses.replace(quick, fsdp=sharded, compile=True)
+    stage = StageFolder(tmp_path, stage_args(settings, world))
+    loop = Loop(tiny, settings, stage, world, Journal("x", None, quiet=True))
+    loop.update.criterion = lambda out, target: (0 * out.sum()).sqrt()
+    loop.update.begin_epoch(0)
+    with pytest.raises(VitslimError, match=r"gradient is not finite in here, .* of head.bias"):
+        loop.update(list(itertools.islice(loop.data.epoch(0), 1)), 0, where="here")
 
 
 def test_compiled_training_ends_where_eager_training_does(

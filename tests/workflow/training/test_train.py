@@ -154,6 +154,19 @@ def test_an_overflow_in_float16_skips_one_update(tiny, quick, world, tmp_path) -
     assert loop.update.state()["scaler"]["scale"] == 2.0**39
 
 
+def test_a_gradient_that_is_infinite_at_every_scale_of_float16_stops(
+    tiny, quick, world, tmp_path
+) -> None:
+    settings = dataclasses.replace(quick, amp=True, amp_dtype="float16", epochs=4)
+    tiny.blocks[0].mlp.register_full_backward_hook(lambda m, gradients, _: (gradients[0] / 0,))
+    stage = StageFolder(tmp_path, stage_args(settings, world))
+    start = {name: value.clone() for name, value in tiny.state_dict().items()}
+    # Sixteen updates of five an epoch take the scale from 2**16 to 1; the next one is not left out.
+    with pytest.raises(VitslimError, match=r"gradient is not finite in epoch 4, step 2, first in"):
+        train(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    assert all(torch.equal(start[name], value) for name, value in tiny.state_dict().items())
+
+
 @pytest.mark.parametrize("more", [{"grad_checkpointing": True}, {"channels_last": True}])
 def test_what_saves_time_or_memory_changes_nothing(tiny, quick, world, tmp_path, more) -> None:
     quick = dataclasses.replace(quick, drop_path=0.3)

@@ -71,7 +71,9 @@ class Settings:
     amp_dtype: str = option(
         "bfloat16", "of autocast: bfloat16 or float16", choices=("bfloat16", "float16")
     )
-    compile: bool = option(False, "torch.compile the whole model as one graph", free=True)
+    compile: bool = option(
+        False, "torch.compile the model: one graph, or with --fsdp one of each block", free=True
+    )
     channels_last: bool = option(False, "channels_last memory format", free=True)
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass to save memory", free=True
@@ -132,8 +134,6 @@ class Settings:
         for name in ("seed", "checkpoint_steps", "workers"):
             if getattr(self, name) < 0:
                 raise VitslimError(f"--{name.replace('_', '-')} must not be negative.")
-        if self.fsdp and (self.compile or (self.amp and self.amp_dtype == "float16")):
-            raise VitslimError("--fsdp goes without --compile, and with --amp in bfloat16 only.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise VitslimError(
                 f"Mixup needs an even batch size, not {self.batch_size}: "

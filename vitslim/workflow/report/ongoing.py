@@ -92,25 +92,39 @@ def masks_so_far(folder: Path) -> tuple[Masks, str] | None:
         # Where weights are averaged, the average is what the search ends with.
         for name in ("ema", "model"):
             try:
-                with safe_open(checkpoint / f"{name}.safetensors", "pt") as file:
-                    return _masks(file), f"update {_number(checkpoint)}"
+                return _masks(_parts(checkpoint, name)), f"update {_number(checkpoint)}"
             except (OSError, SafetensorError, ValueError):
                 continue
     return None
 
 
-def _masks(file: Any) -> Masks:
+def _parts(checkpoint: Path, group: str) -> dict[str, list[Any]]:
+    """Opens the tensors of a group; those of a sharded model in parts, which are some rows each."""
+    parts: dict[str, list[Any]] = {}
+    files = _object(json.loads((checkpoint / "state.json").read_text()), "files")
+    # Not those that are there: of a checkpoint that is being deleted some parts may be gone.
+    shards = sorted(name for name in files if name.startswith("shard-"))
+    for path in shards or [f"{group}.safetensors"]:
+        with safe_open(checkpoint / path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, this is no dictionary
+                if not shards or name.startswith(f"{group}/"):
+                    parts.setdefault(name, []).append(file.get_slice(name))
+    return parts
+
+
+def _masks(parts: dict[str, list[Any]]) -> Masks:
     """Picks the masks out of the parameters of a masked model, or raises ValueError."""
     found: dict[str, dict[int, Tensor]] = {kind: {} for kind in _KINDS.values()}
     depth = 0
-    for name in file.keys():  # noqa: SIM118, this is no dictionary
+    for name, slices in parts.items():
         if block := re.search(r"blocks\.(\d+)\.", name):
             depth = max(depth, int(block[1]) + 1)
         if match := _MASK.search(name):
-            values = file.get_tensor(name).float()
+            values = torch.cat([each[:] for each in slices]).float()
             if match[2] == "attn.mask":
                 # A mask that heads or dimensions share is written once.
-                qkv = file.get_slice(name.removesuffix("mask") + "qkv.weight").get_shape()[0]
+                weight = parts[name.removesuffix("mask") + "qkv.weight"]
+                qkv = sum(each.get_shape()[0] for each in weight)
                 rows, columns = values.shape
                 heads = rows if rows > 1 else qkv // 3 // columns
                 values = values.expand(heads, qkv // 3 // heads)

@@ -12,19 +12,21 @@ def first_non_finite(model: nn.Module, images: Tensor, backward: bool) -> str:
         images: The batch it saw [B, C, H, W].
         backward: Whether the loss was finite, so that it went wrong on the way back.
     """
+    # A sharded model answers all processes at once, so each asks the same, whatever it has found.
+    parameters = [name for name, p in model.named_parameters() if not _finite(p)]
+    gradients = [
+        name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)
+    ]
+    # Last, for it leaves some parameters whole, and those have no gradients.
+    layer = _first_activation(model, images)
     if not _finite(images):
         return "the images"
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return f"the parameter {name}"
-    layer = _first_activation(model, images)
+    if parameters:
+        return f"the parameter {parameters[0]}"
     if layer is not None:
         return f"the output of {layer}"
-    if not backward:
-        return "the loss itself"
     # Gradients flow backwards: the last layer with a bad one is where it came from.
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    return f"the gradient of {bad[-1]}" if bad else "the loss itself"
+    return f"the gradient of {gradients[-1]}" if backward and gradients else "the loss itself"
 
 
 def _first_activation(model: nn.Module, images: Tensor) -> str | None:

@@ -207,7 +207,8 @@ class Loop:
             self._save()
         self.background.wait()
         after = f"stopped after update {self.done} of {self.settings.epochs * self.updates}"
-        if not self.written:
+        # Unsharded, one process writes for all; whatever it came to, all end alike.
+        if self.world.any(not self.written):
             raise VitslimError(
                 f"{after}, which could not be saved; the checkpoints before it are kept: make room "
                 f"on the disk and go on with\n  {resume_command()}"

@@ -87,10 +87,12 @@ class StageFolder:
     def writer(self, state: State) -> Callable[[], None]:
         """Takes a copy of a state and returns what writes it, perhaps in another thread."""
         tensors = {name: _copies(content) for name, content in state.tensors.items()}
-        text = self._text(state)
+        text, beside = self._text(state), self._beside(state.update)
 
         def write() -> None:
-            with self._beside(state.update) as beside:
+            shutil.rmtree(beside, ignore_errors=True)
+            with _whole_or_gone(beside):
+                beside.mkdir(parents=True)
                 for name, content in tensors.items():
                     _write_file(beside / f"{name}.safetensors", serialize(content))
                 self._seal(beside, text)
@@ -99,17 +101,15 @@ class StageFolder:
 
     def parts_writer(self, state: State, world: World) -> Callable[[], None]:
         """Does the same for tensors that are sharded: every process writes its parts."""
-        text = self._text(state)
-        beside = self._name(state.update).with_suffix(".tmp")
+        text, beside = self._text(state), self._beside(state.update)
         if world.primary:
             shutil.rmtree(beside, ignore_errors=True)
         world.wait()
-        wait = save_parts(beside, state.tensors)
+        wait = save_parts(beside, state.tensors, lambda: self._seal(beside, text))
 
         def write() -> None:
-            wait()
-            if world.primary:
-                self._seal(beside, text)
+            with _whole_or_gone(beside):
+                wait()
 
         return write
 
@@ -117,20 +117,9 @@ class StageFolder:
         facts = {"format": 2, "update": state.update, "accuracy": state.accuracy}
         return json.dumps({**facts, "args": self.args, "facts": state.facts})
 
-    def _name(self, update: int) -> Path:
-        return self.path / "state" / f"step-{update:010d}"
-
-    @contextmanager
-    def _beside(self, update: int) -> Iterator[Path]:
-        """Makes an empty folder to write in, which leaves nothing behind if that fails."""
-        beside = self._name(update).with_suffix(".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
-            yield beside
-        except OSError:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+    def _beside(self, update: int) -> Path:
+        """Returns where a checkpoint is written, until it is whole and given its own name."""
+        return self.path / "state" / f"step-{update:010d}.tmp"
 
     def _seal(self, beside: Path, text: str) -> None:
         """Adds the hashes of the files and everything else, and gives the folder its name."""
@@ -237,6 +226,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise VitslimError(f"Cannot read {path}: {_first_line(error)}.") from error
     return value
+
+
+@contextmanager
+def _whole_or_gone(beside: Path) -> Iterator[None]:
+    """Deletes what was written there if a disk fails."""
+    try:
+        yield
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -59,12 +59,12 @@ class Updater:
             net = self.distillation = Distillation(model, teacher.to(world.device), settings)
         self.trained = net.to(world.device)
         if settings.fsdp:
-            shard(net, world)
+            shard(net, world, settings.compile)
+        elif settings.compile:
+            net.compile(fullgraph=True)
         self.optimizer = make_optimizer(net, settings, settings.images_per_update(world.size))
         if penalty is not None:
             penalty.follow(model, self.optimizer)
-        if settings.compile:
-            net.compile(fullgraph=True)
         self.net = world.wrap(net)
         scaled = settings.amp and settings.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
@@ -143,8 +143,9 @@ class Updater:
         norm = whole(get_total_norm([p.grad for p in parameters]))
         penalty = loss.new_zeros(()) if cost is None else cost.detach()
         value, paid, length = torch.stack([loss, penalty, norm.to(loss.device)]).tolist()
-        # An infinite gradient in float16 is the scaler's business: it leaves this update out.
-        finite = math.isfinite(length) or self.scaler.is_enabled()
+        # A gradient too large for float16 is the scaler's business: it leaves this update out. The
+        # scaler enlarges gradients, so at 1, its scale when there is none, it is not to blame.
+        finite = math.isfinite(length) or self.scaler.get_scale() > 1
         if not (math.isfinite(value + paid) and finite):
             self._stop("loss" if not math.isfinite(value + paid) else "gradient", images, where)
         clip, mode = self.settings.clip_grad, self.settings.clip_mode
@@ -161,8 +162,9 @@ class Updater:
         return told, clip / length if by_norm else 1.0
 
     def _stop(self, what: str, images: Tensor, where: str) -> None:
-        with autocast(self.world, self.settings):
-            layer = first_non_finite(self.model, images, backward=what == "gradient")
+        # A compiled graph has no place for what looks at every layer.
+        with torch.compiler.set_stance("force_eager"), autocast(self.world, self.settings):
+            layer = first_non_finite(self.trained, images, backward=what == "gradient")
         raise VitslimError(
             f"The {what} is not finite in {where}, first in {layer}: "
             "lower --lr, set --clip-grad, or look at the data; the last checkpoint is kept."
