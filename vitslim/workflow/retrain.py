@@ -14,9 +14,8 @@ from ..surgery import slim
 from .data.batches import Data
 from .options.settings import Settings
 from .report.watch import Watch
-from .search import open_stage
 from .training.evaluate import evaluate
-from .training.train import journal_for, stage_args, train
+from .training.train import journal_for, open_stage, stage_args, train
 from .training.world import World, seed_everything
 
 
@@ -58,7 +57,7 @@ def retrain(
     output = output or folder
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     args = stage_args(settings, world, fold=fold, plan=digest)
-    place = open_stage(folder, args, resume, settings.checkpoint_keep)
+    place = open_stage(folder, args, world, resume, settings.checkpoint_keep)
     done = place.result()
     if done is not None:
         load(output)
@@ -82,6 +81,7 @@ def retrain(
             teacher=teacher if settings.distill_loss_weight else None,
             before=cut_accuracy,
             after=watch,
+            keep_best=True,
         )
     params, macs = cost(outcome.model)
     result = {

@@ -38,11 +38,11 @@ from .options.settings import Settings
 from .report.page import report
 from .report.watch import Watch
 from .retrain import retrain
-from .search import open_stage, search
+from .search import search
 from .threshold import budget_name, parse_budget
 from .training.evaluate import evaluate
 from .training.state import read_json
-from .training.train import journal_for, stage_args, train
+from .training.train import journal_for, open_stage, stage_args, train
 from .training.world import World, open_world, seed_everything
 
 
@@ -178,7 +178,7 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
     folder, settings = job.output / "dense", job.stages["dense"]
     identity = {"model": job.model, "model_kwargs": dict(job.model_kwargs)}
     args = stage_args(settings, world, **identity)
-    stage = open_stage(folder, args, resume=True, keep=settings.checkpoint_keep)
+    stage = open_stage(folder, args, world, resume=True, keep=settings.checkpoint_keep)
     done = stage.result()
     if done is not None:
         return load(folder), float(done["accuracy"])

@@ -8,15 +8,13 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint import load, save
-from ..errors import VitslimError
 from ..masks import KINDS, Masks
 from ..surgery import mask
 from .options.settings import Settings
 from .report.forecast import Forecast
 from .report.watch import Watch
 from .training.penalty import Penalty
-from .training.state import StageFolder
-from .training.train import journal_for, stage_args, train
+from .training.train import journal_for, open_stage, stage_args, train
 from .training.world import World, seed_everything
 
 
@@ -70,7 +68,7 @@ def search(
         token_gate=token_gate,
         skip=skip,
     )
-    stage = open_stage(folder, args, resume, settings.checkpoint_keep)
+    stage = open_stage(folder, args, world, resume, settings.checkpoint_keep)
     if stage.result() is not None:
         return load(folder)
     seed_everything(settings.seed, 0)
@@ -98,14 +96,3 @@ def search(
     world.wait()
     # As a run that goes on after the search has it: without the search's stochastic depth.
     return load(folder)
-
-
-def open_stage(folder: Path, args: dict[str, object], resume: bool, keep: int = 2) -> StageFolder:
-    """Opens the folder of a stage; what is in it already is gone on with only if asked."""
-    stage = StageFolder(folder, args, keep)
-    if stage.started and not resume:
-        raise VitslimError(
-            f"{folder} holds an earlier run: add --resume to go on with it, "
-            "or give another --output."
-        )
-    return stage

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vitslim.workflow.training.loop as loop_module
 import vitslim.workflow.training.state as state_module
 from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data
@@ -20,7 +21,8 @@ from vitslim.workflow.report.journal import Journal
 from vitslim.workflow.training.evaluate import evaluate
 from vitslim.workflow.training.interrupt import Stopped
 from vitslim.workflow.training.state import StageFolder
-from vitslim.workflow.training.train import stage_args, train
+from vitslim.workflow.training.train import open_stage, stage_args, train
+from vitslim.workflow.training.world import World
 
 HERE = Path(__file__).parent
 
@@ -176,21 +178,50 @@ def test_a_signal_on_a_full_disk_does_not_say_that_it_was_saved(
 def test_the_most_accurate_epoch_is_kept_beside_the_newest_checkpoints(
     tiny, steps, world, tmp_path, monkeypatch
 ) -> None:
-    import vitslim.workflow.training.loop as loop
-
     accuracies = iter([10.0, 30.0, 20.0, 15.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(accuracies))
+    monkeypatch.setattr(loop_module, "evaluate", lambda *_: next(accuracies))
     settings = dataclasses.replace(steps, epochs=4, checkpoint_keep=1, checkpoint_steps=0)
     stage = StageFolder(tmp_path, stage_args(settings, world), settings.checkpoint_keep)
-    outcome = train(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    journal = Journal("dense", None, quiet=True)
+    outcome = train(tiny, settings, stage, world, journal, keep_best=True)
     assert outcome.best == {"epoch": 2, "accuracy": 30.0}
     kept = sorted(path.name for path in (tmp_path / "state").iterdir())
     assert kept == ["step-0000000010", "step-0000000020"]
     best = torch.nn.utils.parameters_to_vector(outcome.best_model.parameters())
     last = torch.nn.utils.parameters_to_vector(outcome.model.parameters())
     assert not torch.equal(best, last)
-    saved = stage.best()
+    saved = stage.at(10)
     assert torch.equal(saved.tensors["model"]["head.weight"], outcome.best_model.head.weight)
+
+
+def test_the_model_of_another_epoch_is_not_given_for_the_best(
+    tiny, steps, world, tmp_path, monkeypatch
+) -> None:
+    """The checkpoint of the best epoch could not be written; there is one of a good one."""
+    accuracies = iter([10.0, 30.0, 90.0, 20.0])
+    monkeypatch.setattr(loop_module, "evaluate", lambda *_: next(accuracies))
+    write = state_module._write_file
+
+    def full(path, data):
+        if path.parent.name.startswith("step-0000000015"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(state_module, "_write_file", full)
+    settings = dataclasses.replace(steps, epochs=4, checkpoint_steps=0)
+    stage, journal = StageFolder(tmp_path, {}), Journal("dense", None, quiet=True)
+    outcome = train(tiny, settings, stage, world, journal, keep_best=True)
+    assert outcome.best == {"epoch": 3, "accuracy": 90.0}
+    assert outcome.best_model is None
+
+
+def test_processes_that_see_different_things_stop(tiny, steps, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(World, "agree", lambda self, number: False)
+    world = World(torch.device("cpu"))
+    with pytest.raises(VitslimError, match=r"do not see the same in .*: give an --output"):
+        trained(tiny, steps, tmp_path, world)
+    with pytest.raises(VitslimError, match="do not see the same"):
+        open_stage(tmp_path, {}, world, resume=True)
 
 
 def test_data_that_has_changed_is_refused(tiny, steps, world, tmp_path) -> None:

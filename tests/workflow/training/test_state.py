@@ -89,10 +89,30 @@ def test_the_most_accurate_checkpoint_outlives_newer_ones(tmp_path: Path) -> Non
     folder = StageFolder(tmp_path, {}, keep=1)
     for update, accuracy in ((1, 50.0), (2, None), (3, 70.0), (4, None), (5, 60.0), (6, None)):
         folder.save(_state(update, accuracy))
-    assert folder.best().update == 3
+    assert folder.at(3).accuracy == 70.0
     assert folder.latest()[0].update == 6
     names = sorted(path.name for path in (tmp_path / "state").iterdir())
     assert names == ["step-0000000003", "step-0000000006"]
+
+
+def test_a_damaged_checkpoint_does_not_crowd_out_those_that_follow(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, {}, keep=2)
+    folder.save(_state(5, 50.0))
+    folder.save(_state(10, 90.0))
+    (tmp_path / "state/step-0000000010/model.safetensors").write_bytes(b"cut")
+    state, trouble = folder.latest()
+    assert state.update == 5
+    assert "step-0000000010 is damaged" in trouble
+    assert folder.at(10) is None
+    folder.keep = 1
+    for update, accuracy in ((6, 60.0), (7, None)):
+        folder.save(_state(update, accuracy))
+        newest, trouble = folder.latest()
+        assert (newest.update, trouble) == (update, None)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
+        "step-0000000006",
+        "step-0000000007",
+    ]
 
 
 def test_a_state_is_copied_before_it_is_written(tmp_path: Path) -> None:

@@ -301,3 +301,16 @@ def test_a_constant_rate_may_be_warmed_up(tiny, quick, epochs) -> None:
         rates.append(optimizer.param_groups[0]["lr"])
     warm = [update / (4 * epochs) for update in range(4 * epochs)]
     assert rates == pytest.approx([*warm, *[1.0] * (12 - len(warm))])
+
+
+def test_adaptive_clipping_leaves_the_classifier_alone(tiny, quick, world, tmp_path) -> None:
+    settings = dataclasses.replace(
+        quick, opt="sgd", lr=1.0, weight_decay=0.0, clip_grad=1e-4, clip_mode="agc"
+    )
+    stage = StageFolder(tmp_path, stage_args(settings, world))
+    loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    loop._update([next(loop.data.epoch(0))], 0, 0)
+    fc = tiny.blocks[1].mlp.fc2
+    assert fc.weight.grad.norm() <= 1.01e-4 * fc.weight.norm()
+    assert tiny.head.weight.grad.norm() > 1e-2 * tiny.head.weight.norm()
+    assert tiny.head.bias.grad.norm() > 1e-2

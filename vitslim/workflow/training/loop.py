@@ -91,22 +91,22 @@ class Loop:
         model = self.model if self.average is None else self.average.module
         return model if self.plain is None else self.plain.of(model)
 
-    def best(self) -> nn.Module | None:
-        """Returns the model of the most accurate epoch from its checkpoint, None if that is gone.
+    def at(self, epoch: int) -> nn.Module | None:
+        """Returns the model as it was after an epoch, None if that checkpoint is gone.
 
         A model that is sharded is overwritten with it, so ask for the result first.
         """
-        state = self.folder.best()
-        if state is None or state.folder is None:
+        state = self.folder.at(epoch * self.updates)
+        if self.world.any(state is None) or state is None or state.folder is None:
             return None
         name = "model" if self.average is None else "ema"
-        best = copy.deepcopy(self.result())
+        model = copy.deepcopy(self.result())
         if self.settings.fsdp:
             module = self._modules()[name]
             load_parts(state.folder, {name: module.state_dict()})
-            return Plain(best).of(module)
-        best.load_state_dict(state.tensors[name])
-        return best
+            return Plain(model).of(module)
+        model.load_state_dict(state.tensors[name])
+        return model
 
     def run(self, after: After | None = None) -> None:
         """Trains to the end, or until it is interrupted.

@@ -130,7 +130,10 @@ class StageFolder:
         whole = {**json.loads(text), "files": hashes}
         _write_file(beside / "state.json", json.dumps(whole, indent=1).encode())
         folder = beside.with_suffix("")
-        shutil.rmtree(folder, ignore_errors=True)
+        # What is newer than this was damaged, or training would have gone on from there.
+        for old in self._folders():
+            if old >= folder:
+                shutil.rmtree(old, ignore_errors=True)
         beside.rename(folder)
         self._prune()
 
@@ -154,11 +157,10 @@ class StageFolder:
                 found.append((accuracy, folder))
         return max(found)[1] if found else None
 
-    def best(self) -> State | None:
-        """Returns the checkpoint of the most accurate epoch, None if none is whole."""
-        folder = self._best()
+    def at(self, update: int) -> State | None:
+        """Returns the checkpoint made after so many updates, None if it is gone or damaged."""
         try:
-            return None if folder is None else self._read(folder)
+            return self._read(self._beside(update).with_suffix(""))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

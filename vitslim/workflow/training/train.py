@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import VitslimError
 from ..data.batches import Data
 from ..options.settings import Settings
 from ..report.journal import Journal
@@ -27,7 +28,7 @@ class Outcome:
         seconds: Of training and evaluating.
         facts: What `before` gave.
         best: Epoch and accuracy of the best epoch.
-        best_model: Of that epoch, where it is not the last one and its checkpoint is whole.
+        best_model: Of that epoch, if wanted, not the last one, and its checkpoint whole.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ def train(
     teacher: nn.Module | None = None,
     before: Callable[[nn.Module, Data], dict[str, Any]] | None = None,
     after: After | None = None,
+    keep_best: bool = False,
 ) -> Outcome:
     """Trains a model in place, or goes on from the newest checkpoint in the folder.
 
@@ -62,6 +64,7 @@ def train(
         teacher: A model to imitate, weighted by `settings.distill_loss_weight`.
         before: Called once before the first epoch; what it returns is kept with the checkpoints.
         after: Called after every epoch with the result so far, the data, and the epoch's row.
+        keep_best: Whether the model of the best epoch is wanted beside the last one.
 
     Raises:
         VitslimError: The loss or a gradient is not finite; the last checkpoint stays as it was.
@@ -72,6 +75,7 @@ def train(
         loop = Loop(model.to(world.device), settings, folder, world, journal, penalty, teacher)
         with closing(loop.data):
             state, trouble = folder.latest()
+            _insist(world, -1 if state is None else state.update, folder)
             if trouble:
                 journal.say(f"{trouble}; going on from the checkpoint before it.")
             if state is not None:
@@ -92,8 +96,39 @@ def train(
         seconds,
         loop.facts,
         {name: best[name] for name in ("epoch", "accuracy")},
-        loop.best() if best is not loop.rows[-1] else None,
+        loop.at(best["epoch"]) if keep_best and best is not loop.rows[-1] else None,
     )
+
+
+def open_stage(
+    folder: Path, args: dict[str, object], world: World, resume: bool, keep: int = 2
+) -> StageFolder:
+    """Opens the folder of a stage; what is in it already is gone on with only if asked.
+
+    Args:
+        folder: The folder.
+        args: What the stage is told.
+        world: The processes, which must all see the same there.
+        resume: Whether to go on with what is in it.
+        keep: How many checkpoints are kept.
+    """
+    stage = StageFolder(folder, args, keep)
+    if stage.started and not resume:
+        raise VitslimError(
+            f"{folder} holds an earlier run: add --resume to go on with it, "
+            "or give another --output."
+        )
+    _insist(world, stage.result() is not None, stage)
+    return stage
+
+
+def _insist(world: World, seen: int, stage: StageFolder) -> None:
+    """Stops processes that have seen different things, before they wait for each other for ever."""
+    if not world.agree(seen):
+        raise VitslimError(
+            f"The processes do not see the same in {stage.path}: give an --output on a file system "
+            "that they share, or start them again if it is one."
+        )
 
 
 def stage_args(settings: Settings, world: World, **more: Any) -> dict[str, Any]:

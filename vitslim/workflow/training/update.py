@@ -61,6 +61,8 @@ class Updater:
         if settings.fsdp:
             shard(net, world, settings.compile)
         elif settings.compile:
+            # Graphs of earlier stages count towards torch's limit for a function.
+            torch.compiler.reset()
             net.compile(fullgraph=True)
         self.optimizer = make_optimizer(net, settings, settings.images_per_update(world.size))
         if penalty is not None:
@@ -152,7 +154,9 @@ class Updater:
         if clip is not None and mode == "norm":
             clip_grads_with_norm_(parameters, clip, norm)
         elif clip is not None:
-            dispatch_clip_grad(parameters, clip, mode)
+            # Adaptive clipping is for all but the classifier, as its paper says.
+            exempt = _classifier(self.model) if mode == "agc" else set()
+            dispatch_clip_grad([p for p in parameters if p not in exempt], clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         told = Told(value, paid)
@@ -185,3 +189,10 @@ class Updater:
         """Takes back what `state` gave."""
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _classifier(model: nn.Module) -> set[Tensor]:
+    """Returns the parameters of a model's heads, of which a distilled one has two."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    return {parameter for head in heads for parameter in head.parameters()}

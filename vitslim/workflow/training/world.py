@@ -64,6 +64,15 @@ class World:
         """Returns whether any process says so."""
         return self.total([said])[0] > 0
 
+    def agree(self, number: int) -> bool:
+        """Returns whether all processes give the same number."""
+        if self.size == 1:
+            return True
+        both = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(both, dist.ReduceOp.MIN)
+        smallest, largest = both.tolist()
+        return smallest == -largest
+
     def wait(self) -> None:
         """Waits for every process, so that files of the primary one are there to be read."""
         if self.size > 1:
