@@ -17,6 +17,7 @@ from ..training.world import World
 from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
 from .images import Shard, told
 from .loading import Ordered, Streamed, around
+from .posterize import allow_no_bits
 from .sampling import untouched_random
 from .streams import Stream, is_stream
 from .synthetic import IMAGENET_TRAIN, IMAGENET_VAL, Synthetic
@@ -111,6 +112,7 @@ def image_statistics(
 def _training(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Training:
     if not is_stream(dataset):
         _check_size(settings, len(dataset), world)
+    allow_no_bits()
     loader = create_loader(
         dataset,
         is_training=True,
