@@ -163,7 +163,8 @@ def _common(
         # A stream must be read by a fresh worker in every epoch to be the same again.
         "num_workers": max(settings.workers, int(is_stream(dataset))),
         "persistent_workers": settings.workers > 0,
-        "use_prefetcher": cuda,
+        # Also on the CPU, where normalising a batch at once takes less time than image by image.
+        "use_prefetcher": True,
         "pin_memory": cuda,
         "device": world.device,
     }
