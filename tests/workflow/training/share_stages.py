@@ -1,9 +1,10 @@
 """Searches in one process and in two, in several ways, with the same images per update.
 
-usage: share_stages.py FOLDER IMAGES [FEWER]
+usage: share_stages.py FOLDER IMAGES [TROUBLE]
 
-Every way makes FOLDER/NAME, to be compared by the caller. With FEWER, only a search that begins in
-two processes, is stopped there, and ends in one: FEWER/fewer.
+Every way makes FOLDER/NAME, to be compared by the caller. With TROUBLE, only a search that begins
+in two processes, is stopped there, and ends in one: TROUBLE/fewer; and searches under torchrun, one
+of whose processes dies: TROUBLE/one and TROUBLE/averaged.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import forked
+from torch.distributed.run import main as torchrun
 
 FOLDER, IMAGES = Path(sys.argv[1]), sys.argv[2]
 SEARCH = [
@@ -56,10 +58,24 @@ def run(name: str, folder: Path, processes: int, more: list[str], stop: bool = F
         sys.exit(f"{name}: {log.read_text()}")
 
 
+def run_and_die(name: str, folder: Path, more: list[str]) -> None:
+    """Runs die_once.py under torchrun, which forks it from what is imported here."""
+    log, script = folder / f"{name}.log", Path(__file__).with_name("die_once.py")
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    forking = ["--start-method", "fork", "--run-path", str(script)]
+    told = [str(FOLDER), IMAGES, name, *more, "--output", str(folder / name)]
+    started = forked.start([*options, *forking, *told], log, torchrun)
+    if forked.finish(started):
+        sys.exit(f"{name}: {log.read_text()}")
+
+
 def main() -> None:
     if len(sys.argv) > 3:
-        run("fewer", Path(sys.argv[3]), 2, [], stop=True)
-        run("fewer", Path(sys.argv[3]), 1, [])
+        trouble = Path(sys.argv[3])
+        run("fewer", trouble, 2, [], stop=True)
+        run("fewer", trouble, 1, [])
+        run_and_die("one", trouble, [])
+        run_and_die("averaged", trouble, ["--fsdp"])
         return
     for name, (processes, more) in WAYS.items():
         run(name, FOLDER, processes, more)

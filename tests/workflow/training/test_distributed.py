@@ -1,6 +1,5 @@
 """Processes: their number changes nothing, and one that dies is no loss."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,25 +69,23 @@ def test_masks_have_moved(shared: Path) -> None:
     assert max(float(mask.max()) for mask in masks.mlp) < 0.99
 
 
-@pytest.mark.parametrize(("name", "more"), [("one", []), ("averaged", ["--fsdp"])])
-def test_torchrun_starts_again_where_a_process_died(shared, tmp_path, name, more) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, "--max-restarts", "1", str(HERE / "die_once.py")]
-    done = subprocess.run(
-        [sys.executable, *script, str(shared), name, *more, "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "search: going on after epoch 1" in done.stdout
-    assert difference(shared / name, tmp_path) < 1e-6
-
-
-def test_what_two_processes_began_one_can_end(shared: Path, tmp_path: Path) -> None:
-    """The checkpoint of two is gone on with by one, as an elastic restart may have to."""
-    command = [sys.executable, HERE / "share_stages.py", shared, shared / "images", tmp_path]
+@pytest.fixture(scope="module")
+def trouble(shared: Path, tmp_path_factory) -> Path:
+    """The folder of what share_stages.py stopped or killed."""
+    folder = tmp_path_factory.mktemp("trouble")
+    command = [sys.executable, HERE / "share_stages.py", shared, shared / "images", folder]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch" in (tmp_path / "fewer.log").read_text()
-    assert difference(shared / "one", tmp_path / "fewer") < 1e-6
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one", "averaged"])
+def test_torchrun_starts_again_where_a_process_died(shared: Path, trouble: Path, name: str) -> None:
+    assert "search: going on after epoch 1" in (trouble / f"{name}.log").read_text()
+    assert difference(shared / name, trouble / name) < 1e-6
+
+
+def test_what_two_processes_began_one_can_end(shared: Path, trouble: Path) -> None:
+    """The checkpoint of two is gone on with by one, as an elastic restart may have to."""
+    assert "going on after epoch" in (trouble / "fewer.log").read_text()
+    assert difference(shared / "one", trouble / "fewer") < 1e-6
