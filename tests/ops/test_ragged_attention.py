@@ -83,6 +83,10 @@ def test_opcheck(masked, forced, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_backends_keep_the_error_budget(shape, dtype, masked, forced, device):
     backend = forced(OP, dtype)
+    if backend == "triton" and device == "cpu":
+        # Every head is a program of its own: in the interpreter three take half the time of six,
+        # and have tiles of the same two widths.
+        shape = (*shape[:2], shape[2][:3])
     qkv, mask, grad = make(*shape, dtype, device, masked)
     refusals = {
         ("triton", torch.float32): "160 wide and Triton's kernels hold 128 at most",
@@ -196,10 +200,11 @@ def test_large_logits_stay_exact(forced, device):
 
 
 def test_the_same_bits_every_time(forced, device):
-    forced(OP, torch.float32)
+    backend = forced(OP, torch.float32)
     qkv, mask, grad = make(3, 70, (18, 34, 45), device=device)
     first = gradients(ragged_attention, qkv, (18, 34, 45), mask, grad)
-    for _ in range(3):
+    # Triton's interpreter runs programs one by one, slowly: threads that race are elsewhere.
+    for _ in range(1 if backend == "triton" and device == "cpu" else 3):
         again = gradients(ragged_attention, qkv, (18, 34, 45), mask, grad)
         assert all(torch.equal(first[name], again[name]) for name in first)
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import create_loader
+from timm.data.auto_augment import AugmentOp
 from torch import Tensor, nn
 
 from vitslim.errors import VitslimError
@@ -103,6 +105,13 @@ def test_an_epoch_can_begin_at_any_batch_also_after_one_left_early(images: Path)
         for start in (3, 0):
             given = torch.stack([images for images, _ in data.epoch(1, start)])
             assert torch.equal(given, expected[start:])
+
+
+def test_randaugment_posterizes_down_to_black(images: Path) -> None:
+    pixels, _ = _epoch(_settings(images, aa="rand-m10-n9-inc1"))
+    assert pixels.isfinite().all()
+    darkest = AugmentOp("PosterizeIncreasing", prob=1, magnitude=10)
+    assert darkest(Image.new("RGB", (2, 2), "white")).getcolors() == [(4, (0, 0, 0))]
 
 
 def test_repeats_of_an_image_are_augmented_apart(images: Path) -> None:

@@ -1,18 +1,18 @@
 """A search of share_stages.py under torchrun in which the second process dies, the first time.
 
-usage: die_once.py FOLDER NAME [options]
+usage: die_once.py FOLDER IMAGES NAME [options]
 """
 
 import os
 import signal
 import sys
 
-folder, name, options = sys.argv[1], sys.argv[2], sys.argv[3:]
-sys.argv = [sys.argv[0], folder, f"{folder}/images"]
-from share_stages import SEARCH, WAYS  # noqa: E402, which reads the two
+from share_stages import SEARCH, WAYS
 
-from vitslim.cli import main  # noqa: E402
-from vitslim.workflow.training.loop import Loop  # noqa: E402
+from vitslim.cli import main
+from vitslim.workflow.training.loop import Loop
+
+name, options = sys.argv[3], sys.argv[4:]
 
 _update = Loop._update
 

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,12 @@ from vitslim.cli import main
 torch.set_num_threads(1)
 
 
-def start(arguments: list[str], log: Path, **environment: str) -> int:
+def start(
+    arguments: list[str],
+    log: Path,
+    program: Callable[[list[str]], int | None] = main,
+    **environment: str,
+) -> int:
     """Starts a command and returns its process; what it prints goes to the end of `log`."""
     process = os.fork()
     if process:
@@ -30,7 +36,7 @@ def start(arguments: list[str], log: Path, **environment: str) -> int:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        status = main(arguments)
+        status = program(arguments) or 0
     except BaseException:
         import traceback
 

@@ -1,10 +1,11 @@
 """Searches in one process and in two, in several ways, with the same images per update.
 
-usage: share_stages.py FOLDER IMAGES [FEWER]
+usage: share_stages.py FOLDER IMAGES [TROUBLE]
 
 Every way makes FOLDER/NAME, to be compared by the caller; FOLDER/full and FOLDER/sharded-full are
-of two processes whose disks fill up, and FOLDER/full.statuses what they ended with. With FEWER,
-only a search that begins in two processes, is stopped there, and ends in one: FEWER/fewer.
+of two processes whose disks fill up, and FOLDER/full.statuses what they ended with. With TROUBLE,
+only a search that begins in two processes, is stopped there, and ends in one: TROUBLE/fewer; and
+searches under torchrun, one of whose processes dies: TROUBLE/one and TROUBLE/averaged.
 """
 
 import errno
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import forked
 from torch import nn
+from torch.distributed.run import main as torchrun
 
 FOLDER, IMAGES = Path(sys.argv[1]), sys.argv[2]
 SEARCH = [
@@ -88,10 +90,24 @@ def run_on_full_disks(name: str, more: list[str], last: str) -> None:
     (FOLDER / f"{name}.statuses").write_text(json.dumps(statuses))
 
 
+def run_and_die(name: str, folder: Path, more: list[str]) -> None:
+    """Runs die_once.py under torchrun, which forks it from what is imported here."""
+    log, script = folder / f"{name}.log", Path(__file__).with_name("die_once.py")
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    forking = ["--start-method", "fork", "--run-path", str(script)]
+    told = [str(FOLDER), IMAGES, name, *more, "--output", str(folder / name)]
+    started = forked.start([*options, *forking, *told], log, torchrun)
+    if forked.finish(started):
+        sys.exit(f"{name}: {log.read_text()}")
+
+
 def main() -> None:
     if len(sys.argv) > 3:
-        run("fewer", Path(sys.argv[3]), 2, [], stop=True)
-        run("fewer", Path(sys.argv[3]), 1, [])
+        trouble = Path(sys.argv[3])
+        run("fewer", trouble, 2, [], stop=True)
+        run("fewer", trouble, 1, [])
+        run_and_die("one", trouble, [])
+        run_and_die("averaged", trouble, ["--fsdp"])
         return
     # The graphs of torch.compile without code of their own: writing that takes a minute.
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")

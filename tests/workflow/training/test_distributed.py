@@ -1,7 +1,6 @@
 """Processes: their number changes nothing, and one that dies is no loss."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -126,25 +125,23 @@ def test_the_masks_of_a_sharded_search_can_be_looked_at_as_it_goes(shared: Path)
         load_parts(folder, {"model": {"head.weight": torch.zeros(3)}})
 
 
-@pytest.mark.parametrize(("name", "more"), [("one", []), ("averaged", ["--fsdp"])])
-def test_torchrun_starts_again_where_a_process_died(shared, tmp_path, name, more) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, "--max-restarts", "1", str(HERE / "die_once.py")]
-    done = subprocess.run(
-        [sys.executable, *script, str(shared), name, *more, "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "search: going on after epoch 1" in done.stdout
-    assert difference(shared / name, tmp_path) < 1e-6
-
-
-def test_what_two_processes_began_one_can_end(shared: Path, tmp_path: Path) -> None:
-    """The checkpoint of two is gone on with by one, as an elastic restart may have to."""
-    command = [sys.executable, HERE / "share_stages.py", shared, shared / "images", tmp_path]
+@pytest.fixture(scope="module")
+def trouble(shared: Path, tmp_path_factory) -> Path:
+    """The folder of what share_stages.py stopped or killed."""
+    folder = tmp_path_factory.mktemp("trouble")
+    command = [sys.executable, HERE / "share_stages.py", shared, shared / "images", folder]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch" in (tmp_path / "fewer.log").read_text()
-    assert difference(shared / "one", tmp_path / "fewer") < 1e-6
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one", "averaged"])
+def test_torchrun_starts_again_where_a_process_died(shared: Path, trouble: Path, name: str) -> None:
+    assert "search: going on after epoch 1" in (trouble / f"{name}.log").read_text()
+    assert difference(shared / name, trouble / name) < 1e-6
+
+
+def test_what_two_processes_began_one_can_end(shared: Path, trouble: Path) -> None:
+    """The checkpoint of two is gone on with by one, as an elastic restart may have to."""
+    assert "going on after epoch" in (trouble / "fewer.log").read_text()
+    assert difference(shared / "one", trouble / "fewer") < 1e-6

@@ -4,8 +4,10 @@ An epoch is a list of positions. Each has an image and a seed of its own, from w
 augmented. So an epoch is the same for any number of workers and processes and from any update on.
 """
 
+import hashlib
 import itertools
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -131,12 +133,15 @@ def seed_from(seed: int, *key: int, generator: Any = None) -> None:
         key: Further numbers, not negative; another count of them gives other seeds.
         generator: The generator of torch to seed; None is the one of the CPU.
     """
-    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(9)
-    # random and numpy are the same generator: with the same words they draw the same numbers.
-    random.seed(int.from_bytes(words[:4].tobytes(), "little"))
-    np.random.seed(words[4:8])
+    # A hash, and for numpy a single word: an image is seeded in a third of the time that numpy's
+    # SeedSequence and the four words of it would take.
+    text = " ".join(map(str, (seed, *key)))
+    digest = hashlib.blake2b(text.encode(), digest_size=20).digest()
+    python, array, tensor = struct.unpack("<QIQ", digest)
+    random.seed(python)
+    np.random.seed(array)
     # torch.manual_seed would take longer, for it goes through the generators of all devices.
-    (generator or torch.default_generator).manual_seed(int(words[8]))
+    (generator or torch.default_generator).manual_seed(tensor)
 
 
 @contextmanager

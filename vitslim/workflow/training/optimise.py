@@ -36,8 +36,10 @@ def make_optimizer(
     if masked:
         # Not `lr_scale`, which timm's schedules would apply on top of the rate they start from.
         groups.append({"params": masked, "weight_decay": 0.0, "lr": lr * settings.mask_lr_scale})
+    # torch's kernels that step all weights at once.
+    fused = {"fused": True} if settings.opt in ("adam", "adamw") else {}
     try:
-        return create_optimizer_v2(groups, settings.opt, lr=lr)
+        return create_optimizer_v2(groups, settings.opt, lr=lr, **fused)
     except (AssertionError, ValueError, KeyError) as error:
         raise VitslimError(f"timm has no optimiser {settings.opt!r}.") from error
 
