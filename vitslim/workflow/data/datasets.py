@@ -109,9 +109,13 @@ def _timm(settings: Settings, mode: str, split: str, images: int | None, trainin
             raise VitslimError(
                 f"{settings.data} does not say how many images {split} has: give {option}."
             ) from error
+        if Path(settings.data).is_dir():
+            raise VitslimError(
+                f"{settings.data} is a folder: write --data folder:{settings.data}."
+            ) from error
         raise VitslimError(
             f"timm cannot open the dataset {settings.data!r}, split {split}, in "
-            f"{settings.data_dir}: {error}. "
+            f"{settings.data_dir or 'no --data-dir'}: {error}. "
             "Data is digits, folder:PATH or the name of a timm dataset."
         ) from error
 
