@@ -177,7 +177,7 @@ def check_model(model: nn.Module, kinds: tuple[str, ...] = (), done: str = "slim
 def _check_base(plan: Plan, model: VisionTransformer) -> None:
     """Refuses a plan for images or patches of another size, whose indices may fit all the same."""
     args, before = describe(model)["args"], plan.base.get("args", {})
-    for name in ("img_size", "patch_size", "embed_dim", "num_heads"):
+    for name in ("img_size", "patch_size", "embed_dim"):
         if name in before and before[name] != args[name]:
             raise VitslimError(
                 f"the plan was made for a model whose {name} is {before[name]}, and this one's is "
