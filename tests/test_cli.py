@@ -320,6 +320,13 @@ def test_a_run_that_was_asked_to_stop_says_how_to_go_on(
     assert capsys.readouterr().out == ""
 
 
+def test_the_version_is_told(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"vitslim {vitslim.__version__}\n"
+
+
 def test_an_error_that_is_no_users_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(given: object) -> None:
         raise ZeroDivisionError
@@ -383,6 +390,30 @@ def test_eval_takes_its_model_and_its_data_from_a_recipe(run: Path, tmp_path: Pa
         ("report /nowhere", "/nowhere"),
         ("bench RUN/dense --batch-size one", "invalid int value"),
         ("nonsense", "invalid choice: 'nonsense'"),
+        ("search RUN/dense --output OUT --epoch 3", "did you mean --epochs? (see vitslim search"),
+        ("cost swin_tiny_patch4_window7_224", "the cost of a SwinTransformer cannot be counted"),
+        ("cost vit_small_r26_s32_224", "the cost of a HybridEmbed"),
+        ("cost vit_small_patch16_18x2_224", "the cost of a ParallelThingsBlock"),
+        ("cost deit_tiny_patch16_224 --budget macs=inf", "is no amount"),
+        ("cost vit_tiny_patch16_224 --model-kwargs class_token=False", "needs the class token"),
+        ("search RUN/dense --output RUN/dense", "holds a model, which would be lost"),
+        ("search RUN/dense --output OUT --skip blocks.0.atn", "skip names 'blocks.0.atn'"),
+        ("search RUN/slim/macs-70 --output OUT", "this model is slim already"),
+        ("search RUN/search --output OUT", "this model is masked already"),
+        ("search RUN/dense --output OUT --kinds mlp --budget token=0.5", "has no token masks"),
+        ("run --model RUN/dense --output OUT --budget macs=1%", "out of reach"),
+        ("run --model RUN/dense --output RUN/search --budget macs=70%", "folder of a search or a"),
+        ("search RUN/dense --output RUN/dense/config.json/x", "Not a directory"),
+        ("export RUN/dense --output RUN --batch-size 1", "Is a directory"),
+        ("bench RUN/dense --batch-size 0", "--batch-size must be at least 1"),
+        ("bench RUN/dense --device banana", "--device is auto, cpu, cuda or cuda:N"),
+        ("search RUN/dense --output OUT --aa banana --batch-size 64", "banana"),
+        ("search RUN/dense --output OUT --sched plateau --batch-size 64", "schedule 'plateau'"),
+        (
+            f"search vit_tiny_patch16_224 --model-kwargs {' '.join(TINY)} --output OUT "
+            "--teacher dense --distill-loss-weight 1",
+            "which has no weights: add --pretrained",
+        ),
     ],
 )
 def test_errors_are_one_sentence_without_a_traceback(

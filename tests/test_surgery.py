@@ -404,6 +404,8 @@ def test_plans_of_other_models_are_refused():
         vitslim.slim(make(depth=2), plan)
     with pytest.raises(vitslim.VitslimError, match=r"heads in blocks\.0, the model has 2"):
         vitslim.slim(make(num_heads=2), plan)
+    with pytest.raises(vitslim.VitslimError, match="whose img_size is "):
+        vitslim.slim(make(img_size=64), plan)
     with pytest.raises(vitslim.VitslimError, match="slim already"):
         vitslim.slim(vitslim.slim(masked, plan), plan)
     with pytest.raises(vitslim.VitslimError, match="no kind of mask is called 'heads'"):

@@ -1,6 +1,8 @@
 """The `vitslim` command: parses, delegates, prints. What it delegates to does the work."""
 
+import errno
 import json
+import math
 import os
 import sys
 import time
@@ -13,6 +15,7 @@ from .cli_training import asked_by, model_of, retrain_verb, run_verb, search_fol
 from .cli_verbs import EVAL, EVAL_BATCH_SIZE, build_parser
 from .errors import VitslimError
 from .workflow.options.choices import PLANNING
+from .workflow.options.settings import check_device
 from .workflow.training.interrupt import Stopped
 
 # torch and timm are imported inside the verbs, where they are needed.
@@ -21,10 +24,17 @@ from .workflow.training.interrupt import Stopped
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; a user's error is one sentence on stderr and exit status 2."""
     try:
-        given = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
+        given = parse(*build_parser(), sys.argv[1:] if arguments is None else arguments)
         VERBS[given.pop("verb")](given)
     except VitslimError as error:
         print(f"vitslim: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # A file or a folder that cannot be used as asked; writing to a full disk names none.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename2 or error.filename}: " if error.filename else ""
+        print(f"vitslim: error: {where}{error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         # Training itself finishes its update and saves; this is the time before and after it.
@@ -91,18 +101,19 @@ def _eval(given: dict[str, Any]) -> None:
 def _cost(given: dict[str, Any]) -> None:
     from .cost import cost
     from .workflow.latency import input_shape
-    from .workflow.models import meta_model, open_plan
+    from .workflow.models import meta_model, open_plan, plan_of
     from .workflow.threshold import even_plan, parse_budget
 
     if "budget" in given and "plan" in given:
         raise VitslimError("--budget and --plan exclude each other.")
-    model = meta_model(given["model"], given.get("model_kwargs"))
+    name = given["model"].removeprefix("local-dir:")
+    model = meta_model(name, given.get("model_kwargs"))
     facts = {
-        "model": given["model"],
+        "model": name,
         "img_size": input_shape(model)[1],
         "dense": cost(model)._asdict(),
     }
-    plan = open_plan(given["plan"]) if "plan" in given else None
+    plan = open_plan(given["plan"]) if "plan" in given else plan_of(name)
     if "budget" in given:
         plan = even_plan(model, parse_budget(given["budget"]), given.get("round_to", 1))
     if plan is not None:
@@ -135,9 +146,13 @@ def _bench(given: dict[str, Any]) -> None:
     if len(names) == 1 and (Path(names[0]) / "search" / "config.json").exists():
         run = Path(names[0])
         names = [str(p) for p in (run / "dense", run / "search", *sorted(run.glob("slim/*")))]
-    device = open_world(given.get("device", "auto")).device
+    device = given.get("device", "auto")
+    check_device(device)
+    device = open_world(device).device
     models = {name: open_model(name).to(device) for name in names}
     sizes, seconds = given.get("batch_size", (1, 32)), given.get("seconds", 1.0)
+    if min(sizes) < 1 or not 0 < seconds < math.inf:
+        raise VitslimError("--batch-size must be at least 1, and --seconds above 0.")
     if "tune" in given:
         from .workflow.tune import format_tuned, tune
 

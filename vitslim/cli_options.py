@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -33,6 +34,11 @@ class Parser(argparse.ArgumentParser):
         """Raises instead of exiting, so that all errors are told in one place."""
         raise VitslimError(f"{message} (see {self.prog} --help)")
 
+    @property
+    def options(self) -> list[str]:
+        """All options, as they are written."""
+        return list(self._option_string_actions)
+
     def group(self, title: str) -> Any:
         """Returns the group of options of that title, which is made when first asked for."""
         found = (group for group in self._action_groups if group.title == title)
@@ -61,9 +67,21 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def parse(parser: Parser, arguments: list[str]) -> dict[str, Any]:
-    """Returns the verb and every option that was given, by name."""
-    return vars(parser.parse_args(arguments))
+def parse(parser: Parser, verbs: Mapping[str, Parser], arguments: list[str]) -> dict[str, Any]:
+    """Returns the verb and every option that was given, by name.
+
+    Args:
+        parser: Of everything.
+        verbs: Of each verb.
+        arguments: Of the command line.
+    """
+    known, strangers = parser.parse_known_args(arguments)
+    if strangers:
+        verb = verbs[known.verb]
+        close = difflib.get_close_matches(strangers[0], verb.options, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        verb.error(f"unrecognized arguments: {' '.join(strangers)}{hint}")
+    return vars(known)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,12 @@ def search_verb(given: dict[str, Any]) -> None:
     name, output, settings = model_of(choices), _output(choices), stages["search"]
     budgets = [parse_budget(text) for text in choices.budget]
     _check_supported(choices)
+    weights = choices.pretrained or Path(name).is_dir()
+    if settings.teacher == "dense" and not (weights or settings.synthetic):
+        raise VitslimError(
+            f"--teacher dense is {name} before the search, which has no weights: add --pretrained, "
+            "or give a saved folder."
+        )
     world = open_world(settings.device)
     seed_everything(settings.seed, 0)
     dense = open_model(name, choices.pretrained, choices.model_kwargs)
@@ -132,7 +138,7 @@ def _resume(given: dict[str, Any]) -> bool:
 
 
 def _output(choices: Choices) -> Path:
-    if choices.output is None:
+    if not choices.output:
         raise VitslimError("--output is needed.")
     return Path(choices.output)
 
@@ -146,12 +152,15 @@ def model_of(choices: Choices) -> str:
 
 
 def _check_supported(choices: Choices) -> None:
-    """Refuses a model that cannot be masked before its weights are fetched or any data is read."""
+    """Refuses what cannot be masked or met before weights are fetched or any data is read."""
     from .surgery import check_model
     from .workflow.models import meta_model
+    from .workflow.threshold import check_budget, parse_budget
 
-    if not Path(name := model_of(choices)).is_dir():
-        check_model(meta_model(name, choices.model_kwargs), choices.kinds, "masked")
+    model = meta_model(model_of(choices), choices.model_kwargs)
+    check_model(model, choices.kinds, "masked")
+    for budget in map(parse_budget, choices.budget):
+        check_budget(model, budget, choices.kinds, **choices.some(PLANNING))
 
 
 @contextmanager
@@ -162,7 +171,10 @@ def _recorded(output: Path, recipe: dict[str, Any], world: "World") -> Iterator[
     if (output / "search").is_dir():
         raise VitslimError(f"{output} is the folder of a whole run: give another --output.")
     text = yaml.safe_dump(recipe, sort_keys=False)
-    if world.primary and not StageFolder(output, {}).started:
+    started = StageFolder(output, {}).started
+    if not started and (output / "model.safetensors").exists():
+        raise VitslimError(f"{output} holds a model, which would be lost: give another --output.")
+    if world.primary and not started:
         atomic_write(output / "args.yaml", text)
     yield
     if world.primary:

@@ -2,8 +2,10 @@
 
 import argparse
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
+from . import __version__
 from .cli_options import (
     Parser,
     add_budget,
@@ -28,8 +30,8 @@ EVAL = (
 EVAL_BATCH_SIZE = 64
 
 
-def build_parser() -> Parser:
-    """Builds the parser of `vitslim` with one subparser per verb."""
+def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """Builds the parser of `vitslim`, and those of its verbs by name."""
     parser = Parser(
         prog="vitslim",
         description="Makes vision transformers smaller, and really faster: search, threshold, "
@@ -37,10 +39,13 @@ def build_parser() -> Parser:
         epilog="example:\n  vitslim run --data digits --budget macs=60% --output runs/digits\n\n"
         "vitslim VERB --help tells about each verb.",
     )
+    parser.add_argument(
+        "--version", action="version", version=f"vitslim {__version__}", help="print the version"
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for add in (_run, _search, _threshold, _retrain, _eval, _cost, _export, _bench, _report, _info):
         add(verbs)
-    return parser
+    return parser, verbs.choices
 
 
 def _verb(

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .errors import VitslimError
 from .layers import SlimAttention, TokenSelect
 from .layers.walk import masked_parts
 from .plan import BlockPlan, Plan
@@ -92,6 +94,16 @@ class Geometry:
     def of(cls, model: VisionTransformer) -> "Geometry":
         """Reads the geometry of a dense, masked or slim model; works on the meta device."""
         model = getattr(model, "source", model)  # a packed model costs what it was made of
+        if not isinstance(getattr(model, "_orig_mod", model), VisionTransformer):
+            raise VitslimError(
+                f"the cost of a {type(model).__name__} cannot be counted: only that of timm's "
+                "VisionTransformer can, that is its vit_* and deit_* models"
+            )
+        for part in (model.patch_embed, *model.blocks):
+            if not (type(part) is PatchEmbed or (hasattr(part, "attn") and hasattr(part, "mlp"))):
+                raise VitslimError(
+                    f"the cost of a {type(part).__name__}, which this model has, cannot be counted"
+                )
         prefix, patches = model.num_prefix_tokens, int(model.patch_embed.num_patches)
         shapes, unit_params, heads = block_shapes(model), [], []
         for block, shape in zip(model.blocks, shapes, strict=True):

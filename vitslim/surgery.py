@@ -54,7 +54,8 @@ def mask(
             of a slim model have no place for it, so that `slim` drops it for the tokens it keeps.
 
     Raises:
-        VitslimError: The model, or a part that `skip` does not name, cannot be masked.
+        VitslimError: The model, or a part that `skip` does not name, cannot be masked, or `skip`
+            names what is not there.
     """
     kinds, skip = tuple(kinds), tuple(skip)
     if unknown := set(kinds) - set(KINDS):
@@ -62,6 +63,10 @@ def mask(
     if token_gate not in TOKEN_GATES:
         raise VitslimError(f"no token gate is called {token_gate!r}; use {TOKEN_GATES}")
     check_model(model, kinds)
+    for attribute, state in (("mask_args", "masked"), ("plan", "slim")):
+        if getattr(model, attribute, None) is not None:
+            raise VitslimError(f"this model is {state} already; mask the dense one it was made of")
+    _check_skip(skip, len(model.blocks))
     masked = copy.deepcopy(model)
     for index, block in enumerate(masked.blocks):
         masked.blocks[index] = _mask_block(
@@ -102,6 +107,7 @@ def slim(model: VisionTransformer, plan: Plan, fold: bool = True) -> VisionTrans
             f"the plan has {len(plan.blocks)} blocks, the model {len(model.blocks)}; "
             "it was made for another model"
         )
+    _check_base(plan, model)
     small = copy.deepcopy(model)
     arriving = list(range(_num_patches(model)))
     for index, (block, keep) in enumerate(zip(small.blocks, plan.blocks, strict=True)):
@@ -166,6 +172,29 @@ def check_model(model: nn.Module, kinds: tuple[str, ...] = (), done: str = "slim
             "token masks and patch_drop_rate both remove tokens; create the model without "
             "patch_drop_rate, or leave 'token' out of kinds"
         )
+
+
+def _check_base(plan: Plan, model: VisionTransformer) -> None:
+    """Refuses a plan for images or patches of another size, whose indices may fit all the same."""
+    args, before = describe(model)["args"], plan.base.get("args", {})
+    for name in ("img_size", "patch_size", "embed_dim"):
+        if name in before and before[name] != args[name]:
+            raise VitslimError(
+                f"the plan was made for a model whose {name} is {before[name]}, and this one's is "
+                f"{args[name]}"
+            )
+
+
+def _check_skip(skip: tuple[str, ...], depth: int) -> None:
+    """Refuses a name that would be skipped and is of no part: a slip would mask what it meant."""
+    blocks = [f"blocks.{index}" for index in range(depth)]
+    parts = [*blocks, *(f"{b}.{part}" for b in blocks for part in ("attn", "mlp", "tokens"))]
+    for name in skip:
+        if not fnmatch.filter(parts, name):
+            raise VitslimError(
+                f"skip names {name!r}, of which the model has none; its parts are blocks.0 to "
+                f"{blocks[-1]}, and .attn, .mlp and .tokens of each"
+            )
 
 
 def _mask_block(

@@ -104,7 +104,7 @@ def test_a_budget_can_be_added_without_searching_again(whole: Path, capsys) -> N
 
 
 def test_args_yaml_says_what_was_asked(whole: Path) -> None:
-    flags = parse(build_parser(), ["run", *OPTIONS, "--output", str(whole)])
+    flags = parse(*build_parser(), ["run", *OPTIONS, "--output", str(whole)])
     assert flags.pop("verb") == "run"
     from_file, given = ask([str(whole / "args.yaml")], {}), ask([], flags)
     assert from_file.stages(*STAGES) == given.stages(*STAGES)

@@ -67,8 +67,9 @@ def open_model(
         raise VitslimError(f"{name!r} is neither a folder nor a model timm knows.")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (RuntimeError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    # Whatever timm's constructors and downloads may raise.
+    except Exception as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         weights = " with its weights" if pretrained else ""
         raise VitslimError(f"timm cannot make {name}{weights}: {reason}.") from error
 
@@ -153,6 +154,14 @@ def meta_model(name: str, model_kwargs: Mapping[str, Any] | None = None) -> Visi
     except VitslimError:
         # An older timm reads numbers off tensors while it builds, which "meta" has not.
         return open_model(name, False, kwargs)
+
+
+def plan_of(name: str) -> Plan | None:
+    """Reads the plan that a saved folder was cut to; None where it is not slim, or is no folder."""
+    if not Path(name).is_dir():
+        return None
+    plan = read_json(Path(name) / "config.json").get("model_args", {}).get("plan")
+    return None if plan is None else Plan.from_dict(plan)
 
 
 def packed_for(

@@ -41,7 +41,7 @@ from .retrain import retrain
 from .search import search
 from .threshold import budget_name, parse_budget
 from .training.evaluate import evaluate
-from .training.state import read_json
+from .training.state import StageFolder, read_json
 from .training.train import journal_for, open_stage, stage_args, train
 from .training.world import World, open_world, seed_everything
 
@@ -157,14 +157,19 @@ def _claim(job: Job, world: World) -> None:
 
     What a stage was told is checked when that stage is reached, so budgets can be added.
     """
-    args = job.output / "args.yaml"
-    if args.exists() and not job.resume:
+    if StageFolder(job.output, {}).started:
+        raise VitslimError(
+            f"{job.output} is the folder of a search or a retraining: give another --output."
+        )
+    # A run that was refused before its first checkpoint has left nothing but its arguments.
+    begun = StageFolder(job.output / "dense", {}).started
+    if begun and not job.resume:
         raise VitslimError(
             f"{job.output} holds an earlier run: add --resume to go on with it, "
             "or give another --output."
         )
     world.wait()
-    if world.primary and not args.exists():
+    if world.primary and not begun:
         _write_args(job)
 
 

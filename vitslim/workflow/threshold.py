@@ -1,7 +1,7 @@
 """Step two: cut what a search learned to a budget. One search serves any number of budgets."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -89,8 +89,27 @@ def even_plan(model: VisionTransformer, budget: Mapping[str, Any] | str, round_t
     """
     asked = parse_budget(budget) if isinstance(budget, str) else dict(budget)
     geometry = Geometry.of(model)
-    masks = _even_masks(geometry, tokens="token" in asked)
-    return threshold(model, asked, masks=masks, round_to=round_to)
+    kinds = KINDS if "token" in asked else ("attention", "mlp")
+    return threshold(model, asked, masks=_even_masks(geometry, kinds), round_to=round_to)
+
+
+def check_budget(
+    model: VisionTransformer,
+    budget: Mapping[str, Any],
+    kinds: Iterable[str] = KINDS,
+    **planning: Any,
+) -> None:
+    """Raises VitslimError where no search of these kinds could meet a budget, before any is run.
+
+    Args:
+        model: The dense one, on any device, "meta" included.
+        budget: As `threshold` takes it; a latency is passed over, for it has to be measured.
+        kinds: Of masks that are to be learned.
+        **planning: Arguments of `threshold`.
+    """
+    asked = {name: value for name, value in budget.items() if name != "latency"}
+    if asked:
+        threshold(model, asked, masks=_even_masks(Geometry.of(model), kinds), **planning)
 
 
 def parse_budget(text: str) -> dict[str, str | float]:
@@ -116,18 +135,20 @@ def budget_name(budget: Mapping[str, Any]) -> str:
     return "-".join(f"{name}-{str(value).rstrip('%')}" for name, value in budget.items())
 
 
-def _even_masks(geometry: Geometry, tokens: bool) -> Masks:
+def _even_masks(geometry: Geometry, kinds: Iterable[str]) -> Masks:
     """Masks that fall evenly inside every head, MLP and image, the same in all of them."""
 
     def falling(count: int) -> Tensor:
         return torch.linspace(1.0, 0.0, count + 1)[:count]
 
     attention = [
-        falling(head_dim).expand(heads, head_dim).clone() if heads else None
+        falling(head_dim).expand(heads, head_dim).clone()
+        if heads and "attention" in kinds
+        else None
         for heads, head_dim in geometry.heads
     ]
-    mlp: list[Tensor | None] = [falling(shape.hidden) for shape in geometry.blocks]
-    gates = falling(geometry.num_patches) if tokens else None
+    mlp = [falling(shape.hidden) if "mlp" in kinds else None for shape in geometry.blocks]
+    gates = falling(geometry.num_patches) if "token" in kinds else None
     return Masks(attention, mlp, [gates] * len(mlp))
 
 
@@ -192,7 +213,7 @@ def _limit(name: str, value: Any, dense: int) -> float:
             number = float(text[:-1] if scale > 1 else text) * scale
     except ValueError:
         number = math.nan
-    if not number > 0:
+    if not 0 < number < math.inf:
         raise VitslimError(f"the budget {name}={value} is no amount; write 60%, 12M or 2.8G")
     return number
 

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,7 @@ def test_synthetic_epochs_have_the_length_asked_for(tiny, quick, world) -> None:
         (lambda root: [p.unlink() for p in root.glob("val/dark/*")], "different classes.*dark"),
         (lambda root: [shutil.rmtree(root / "train" / n) for n in ("dark", "light")], "no images"),
         (lambda root: [p.unlink() for p in root.glob("train/*/*")], "train has no images"),
+        (lambda root: [shutil.rmtree(p / "dark") for p in root.iterdir()], "one class alone"),
         (lambda root: (root / "val/dark/0.png").rename(root / "val/0.png"), "in no class"),
         (lambda root: [_tar(root / "val"), (root / "val.tar").write_text("?")], "val.tar has no"),
     ],
@@ -267,6 +269,20 @@ def test_wrong_number_of_classes_is_refused(images: Path, world: World) -> None:
 def test_a_batch_larger_than_the_data_is_refused(tiny, quick, world) -> None:
     with pytest.raises(VitslimError, match=r"1437 training images.*--batch-size"):
         open_data(dataclasses.replace(quick, batch_size=2000), tiny, world)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [({"in_chans": 4}, "4 channels.*in_chans=3"), ({"global_pool": ""}, "global_pool=avg")],
+)
+def test_a_model_that_cannot_take_or_tell_is_refused(images, world, changed, sentence) -> None:
+    with pytest.raises(VitslimError, match=sentence):
+        open_data(_settings(images), _two_classes(**changed), world)
+
+
+def test_a_folder_without_its_prefix_is_told_how_to_be_written(images, tiny, quick, world) -> None:
+    with pytest.raises(VitslimError, match=rf"write --data folder:{images}"):
+        open_data(dataclasses.replace(quick, data=str(images)), tiny, world)
 
 
 def test_an_unknown_dataset_is_refused(tiny, quick, world) -> None:
@@ -288,3 +304,9 @@ def test_what_the_prefetcher_erases_does_not_depend_on_start_or_processes(images
     assert torch.equal(epoch(start=2), expected[2:])
     for rank in range(2):
         assert torch.equal(epoch(rank=rank, size=2), expected[:, rank::2])
+
+
+def test_digits_without_scikit_learn_are_told(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(VitslimError, match=r"--data digits needs .*: pip install scikit-learn"):
+        Digits(train=True)

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -127,6 +128,24 @@ def test_nothing_but_bad_images_stops_whatever_was_asked(images, model, monkeypa
     monkeypatch.setattr(images_module, "PATIENCE", 10)
     with pytest.raises(VitslimError, match=r"none of the images after it.*train is still there"):
         list(_open(images, model, 0, "skip").epoch(0))
+
+
+def test_sixteen_bits_become_eight_and_are_not_white(images, model) -> None:
+    grey = np.arange(144, dtype=np.uint16).reshape(12, 12) * 400
+    for file in (images / "val").glob("*/*.png"):
+        Image.fromarray(grey).save(file)
+    ((batch, _),) = _open(images, model, 0, "stop").held_out()
+    assert batch.std() > 0.1
+    Image.fromarray(grey.astype(np.float32)).save(images / "val/dark/0.png", "TIFF")
+    with pytest.raises(VitslimError, match="32-bit pixels, mode F, may have any range"):
+        list(_open(images, model, 0, "stop").held_out())
+
+
+def test_a_bad_image_is_named_once_in_a_relative_folder(images, model, monkeypatch) -> None:
+    monkeypatch.chdir(images.parent)
+    _no_image(images / "train/light/3.png")
+    sentence = _trouble(_open(Path(images.name), model, 0, "stop"))
+    assert sentence.startswith("images/train/light/3.png cannot be read (it is no image")
 
 
 def test_an_image_of_another_mode_is_converted(images, model) -> None:

@@ -126,7 +126,7 @@ def _spoil(shards: Path) -> None:
 def test_a_bad_image_of_a_stream_stops_in_one_sentence(shards: Path) -> None:
     _spoil(shards)
     sentence = _trouble(_open(shards, train_num_samples=33))
-    assert sentence.startswith(f"spoilt in {shards}/train-2.tar cannot be read (Unidentified")
+    assert sentence.startswith(f"spoilt in {shards}/train-2.tar cannot be read (it is no image")
     assert sentence.endswith("--bad-images skip.")
     assert "\n" not in sentence
 

@@ -50,6 +50,7 @@ DEIT = {
     "aug_repeats": 3,
     "reprob": 0.25,
     "remode": "pixel",
+    "crop_pct": 0.875,
     "mixup": 0.8,
     "cutmix": 1.0,
     "smoothing": 0.1,
@@ -128,7 +129,7 @@ def test_without_a_recipe_the_defaults_are_the_papers(stage: str) -> None:
     ours = settings_for(stage, {"data": "folder:imagenet"})
     theirs = ask(["deit_small"], {}).stages(stage)[stage]
     changes = {n for n in SETTINGS if getattr(ours, n) != getattr(theirs, n)}
-    assert changes == {"global_batch_size", "aug_repeats"}
+    assert changes == {"global_batch_size", "aug_repeats", "crop_pct"}
 
 
 def test_digits_are_the_default_where_the_data_is_digits() -> None:
@@ -260,6 +261,8 @@ def test_a_record_says_everything() -> None:
         ("- epochs", "R must hold options by name"),
         ("epochs: [", "Cannot read R: "),
         ("\x00", "Cannot read R: "),
+        ("epochs: 1\nepochs: 2", "Cannot read R: epochs is there twice"),
+        ("batch_size: .inf", "In R, batch_size must be a whole number, not inf."),
     ],
 )
 def test_what_is_wrong_is_told_by_file_and_key(tmp_path: Path, text: str, sentence: str) -> None:
@@ -302,3 +305,27 @@ def test_the_defaults_of_choices_are_those_of_the_functions(
 ) -> None:
     parameters = inspect.signature(function).parameters
     assert {n: CHOICES[n].default for n in names} == {n: parameters[n].default for n in names}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"lr": -1.0}, "--lr must be at least 0, not -1."),
+        ({"lr": float("nan")}, "--lr must be at least 0, not nan."),
+        ({"lr": float("inf")}, "--lr must be at least 0, not inf."),
+        ({"smoothing": 1.0}, "--smoothing must be at least 0 and below 1, not 1."),
+        ({"clip_grad": 0.0}, "--clip-grad must be above 0, not 0."),
+        ({"hflip": 4.0}, "--hflip must be at least 0 and at most 1, not 4."),
+        ({"scale": (0.5, 0.2)}, "--scale takes the smaller number first, not 0.5 0.2."),
+        ({"scale": (0.0, 1.0)}, "--scale must be above 0 and at most 1, not 0 1."),
+        ({"threads": 0}, "--threads must be at least 1, not 0."),
+        ({"seed": 10**25}, "--seed must be at least 0 and below"),
+        ({"remode": "banana"}, "remode is one of const, rand, pixel, not 'banana'."),
+        ({"device": "meta"}, "--device is auto, cpu, cuda or cuda:N, not 'meta'."),
+        ({"round_to": 0}, "--round-to must be at least 1, not 0."),
+    ],
+)
+def test_what_is_out_of_range_is_told_with_its_range(given, sentence: str) -> None:
+    with pytest.raises(VitslimError) as raised:
+        ask([], given).stages("search")
+    assert sentence in str(raised.value)

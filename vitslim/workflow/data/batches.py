@@ -15,7 +15,7 @@ from ..latency import input_shape
 from ..options.settings import Settings
 from ..training.world import World
 from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
-from .images import Shard, told
+from .images import Shard, reason, told
 from .loading import Loader, Ordered, Streamed, around, within
 from .posterize import allow_no_bits
 from .sampling import untouched_random
@@ -92,6 +92,11 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
     shape = input_shape(model)
     if settings.synthetic:
         return _synthetic(settings, model, world)
+    if shape[0] not in (1, 3):
+        raise VitslimError(
+            f"The model takes images of {shape[0]} channels, and files give 1 or 3: make it with "
+            "--model-kwargs in_chans=3."
+        )
     opened = open_datasets(settings, "L" if shape[0] == 1 else "RGB", world)
     _check_classes(settings, model, opened.num_classes)
     config = resolve_data_config({"input_size": shape}, model=model)
@@ -125,20 +130,23 @@ def _training(
     if not is_stream(dataset):
         _check_size(settings, len(dataset), world)
     allow_no_bits()
-    loader = create_loader(
-        dataset,
-        is_training=True,
-        no_aug=settings.no_aug,
-        re_prob=settings.reprob,
-        re_mode=settings.remode,
-        scale=settings.scale,
-        ratio=settings.ratio,
-        hflip=settings.hflip,
-        color_jitter=settings.color_jitter,
-        auto_augment=settings.aa,
-        interpolation=settings.train_interpolation,
-        **_common(dataset, settings, config, world),
-    )
+    try:
+        loader = create_loader(
+            dataset,
+            is_training=True,
+            no_aug=settings.no_aug,
+            re_prob=settings.reprob,
+            re_mode=settings.remode,
+            scale=settings.scale,
+            ratio=settings.ratio,
+            hflip=settings.hflip,
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.aa,
+            interpolation=settings.train_interpolation,
+            **_common(dataset, settings, config, world),
+        )
+    except (AssertionError, ValueError) as error:
+        raise VitslimError(f"timm does not know --aa {settings.aa} ({reason(error)}).") from error
     if settings.data == "digits" and not settings.no_aug:
         dataset.transform = Compose([_small_affine(), dataset.transform])
     if is_stream(dataset):
@@ -219,9 +227,15 @@ def _check_size(settings: Settings, images: int, world: World) -> None:
 
 
 def _check_classes(settings: Settings, model: nn.Module, num_classes: int) -> None:
+    if num_classes == 1:
+        raise VitslimError(f"{settings.data} has one class alone, of which nothing can be learned.")
+    if getattr(model, "global_pool", None) == "":
+        raise VitslimError(
+            "The model gives tokens and no classes: make it with --model-kwargs global_pool=avg."
+        )
     heads = getattr(model, "num_classes", num_classes)
     if num_classes and heads != num_classes:
         raise VitslimError(
             f"{settings.data} has {num_classes} classes and the model has {heads}: "
-            f"give the model num_classes={num_classes}."
+            f"make the model with --model-kwargs num_classes={num_classes}."
         )

@@ -28,8 +28,13 @@ class Digits(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError:
+            raise VitslimError(
+                "--data digits needs a package that is not installed: pip install scikit-learn."
+            ) from None
 
         digits = load_digits()
         pixels = (digits.images * (255 / 16)).round().astype("uint8")
@@ -109,9 +114,13 @@ def _timm(settings: Settings, mode: str, split: str, images: int | None, trainin
             raise VitslimError(
                 f"{settings.data} does not say how many images {split} has: give {option}."
             ) from error
+        if Path(settings.data).is_dir():
+            raise VitslimError(
+                f"{settings.data} is a folder: write --data folder:{settings.data}."
+            ) from error
         raise VitslimError(
             f"timm cannot open the dataset {settings.data!r}, split {split}, in "
-            f"{settings.data_dir}: {error}. "
+            f"{settings.data_dir or 'no --data-dir'}: {error}. "
             "Data is digits, folder:PATH or the name of a timm dataset."
         ) from error
 

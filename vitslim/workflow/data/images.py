@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ...errors import VitslimError
@@ -62,7 +63,7 @@ class Images(Dataset[tuple[Any, Any]]):
         file, target = self.source[index]
         with file:
             image = file if isinstance(file, Image.Image) else Image.open(file)
-            return image.convert(self.mode), target
+            return _eight_bit(image).convert(self.mode), target
 
     def name(self, index: int) -> str:
         """The file of an image where there is one, else its number."""
@@ -71,7 +72,8 @@ class Images(Dataset[tuple[Any, Any]]):
             name = self.source.filename(index, absolute=True)
         elif hasattr(self.source, "samples"):
             name = self.source.samples[index][0]
-        if name and Path(name).is_absolute():
+        # A relative name may be one inside a tar.
+        if name and (Path(name).is_absolute() or Path(name).is_relative_to(self.where)):
             return str(name)
         return f"{name or f'Image {index}'} in {self.where}"
 
@@ -99,8 +101,19 @@ class Shard(Dataset[Any]):
         return self.dataset[self.indices[index]]
 
 
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Brings values above 255, all of which Pillow would turn white, down to 8 bits."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its 32-bit pixels, mode {image.mode}, may have any range")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
 def reason(error: BaseException) -> str:
     """Says what an exception was, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image, or of a kind that Pillow does not know"
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 

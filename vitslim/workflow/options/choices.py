@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .option import option
+from .option import check_value, option
 
 _KINDS = ("attention", "mlp", "token")
 
@@ -41,20 +41,24 @@ class Choices:
         choices=("input", "keys"),
     )
     skip: tuple[str, ...] = option((), "parts to leave alone, e.g. blocks.0 blocks.*.mlp")
-    round_to: int = option(8, "widths are multiples of this; 1 is exact")
+    round_to: int = option(8, "widths are multiples of this; 1 is exact", least=1)
     token_rule: str = option(
         "running-min",
         "a token dropped in a layer is dropped in later ones, as in the paper, or stays while a "
         "deeper layer keeps it",
         choices=("running-min", "any-deeper"),
     )
-    floor: int = option(1, "units that every layer keeps at least")
+    floor: int = option(1, "units that every layer keeps at least", least=0)
     ranking: str = option(
         "fractions",
         "kinds that the budget does not name keep one common fraction, or whatever scores most "
         "per MAC",
         choices=("fractions", "macs"),
     )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
 
     def some(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Returns the choices of these names."""

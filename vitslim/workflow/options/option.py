@@ -1,16 +1,28 @@
 """An option: a dataclass field that carries its help, and how a value for it is read."""
 
 import dataclasses
+import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from ...errors import VitslimError
+
 STAGES = ("dense", "search", "retrain")
 
 
 def option(
-    default: Any, text: str, *, free: bool = False, choices: tuple[str, ...] | None = None
+    default: Any,
+    text: str,
+    *,
+    free: bool = False,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Makes a field.
 
@@ -19,8 +31,14 @@ def option(
         text: Its help.
         free: Whether it decides how, not what, and may differ on resuming.
         choices: All that it may be, or that each of several values may be.
+        least: A number, or each of two, is not smaller.
+        above: A number is larger.
+        most: A number is not larger.
+        below: A number is smaller.
     """
-    metadata = {"help": text, "free": free, "choices": choices}
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
+    limits = {how: limit for how, limit in limits.items() if limit is not None}
+    metadata = {"help": text, "free": free, "choices": choices, "limits": limits}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -45,13 +63,34 @@ def read_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
         return None
     try:
         read = _READERS[kind](value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"must be {_WANTED[kind]}, not {value!r}") from None
     choices = field.metadata["choices"]
+    # Told with its place in a recipe.
     for each in (read if isinstance(read, tuple) else (read,)) if choices else ():
         if each not in choices:
             raise ValueError(f"is one of {', '.join(choices)}, not {each!r}")
     return read
+
+
+def check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raises VitslimError where a value of the right type is none that the option can have."""
+    option = f"--{field.name.replace('_', '-')}"
+    choices, limits = field.metadata["choices"], field.metadata["limits"]
+    if choices and not set(value if isinstance(value, tuple) else [value]) <= set(choices):
+        raise VitslimError(f"{option} is one of {', '.join(choices)}, not {value!r}.")
+    values = value if isinstance(value, tuple) else (value,)
+    numbers = [each for each in values if isinstance(each, int | float)]
+    within = all(_WITHIN[how](each, limit) for each in numbers for how, limit in limits.items())
+    if not within or not all(map(math.isfinite, numbers)):
+        wanted = " and ".join(f"{how} {limit:g}" for how, limit in limits.items()) or "finite"
+        raise VitslimError(f"{option} must be {wanted}, not {_shown(value)}.")
+    if numbers != sorted(numbers):
+        raise VitslimError(f"{option} takes the smaller number first, not {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def _flag(value: Any) -> bool:
@@ -61,7 +100,7 @@ def _flag(value: Any) -> bool:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value):
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
     return int(value)
 
@@ -99,6 +138,12 @@ def _by_name(value: Any) -> dict[str, Any]:
     return {_text(name): each for name, each in value.items()}
 
 
+_WITHIN: dict[str, typing.Callable[[float, float], bool]] = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
 _READERS: dict[Any, typing.Callable[[Any], Any]] = {
     bool: _flag,
     int: _whole,

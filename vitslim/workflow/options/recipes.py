@@ -27,6 +27,18 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
 
 
+class _Once(yaml.SafeLoader):
+    """YAML's safe loader, but that a key must not come twice, where YAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a dict of a mapping, or raises YAMLError at a key that was there before."""
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def open_recipe(name: str) -> dict[str, Any]:
     """Reads a recipe: options by name, and a dict of them for each section.
 
@@ -42,7 +54,7 @@ def open_recipe(name: str) -> dict[str, Any]:
             f"There is no recipe {name!r}: it is neither a file nor one of {', '.join(shipped())}."
         )
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+        content = yaml.load(source.read_text(encoding="utf-8"), _Once) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise VitslimError(f"Cannot read {name}: {reason}.") from error

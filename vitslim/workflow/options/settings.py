@@ -4,25 +4,31 @@ Nothing heavy is imported here, so that the command line can list every option a
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from ...errors import VitslimError
-from .option import STAGES, option, read_value
+from .option import STAGES, check_value, option, read_value
 from .recipes import open_recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One stage of training: dense, search or retrain. The defaults are DeiT's, as in the paper."""
+    """One stage of training: dense, search or retrain.
+
+    The defaults are DeiT's, as in the paper, but for its three repeats of every image.
+    """
 
     data: str = option("digits", "digits, folder:PATH (PATH/train, PATH/val) or a timm dataset")
     data_dir: str | None = option(None, "where a timm dataset lives", free=True)
     train_split: str = option("train", "split of a timm dataset to train on")
     val_split: str = option("validation", "split of a timm dataset to evaluate on")
-    train_num_samples: int | None = option(None, "images of a training stream of unknown length")
-    val_num_samples: int | None = option(None, "the same of the held-out stream")
+    train_num_samples: int | None = option(
+        None, "images of a training stream of unknown length", least=1
+    )
+    val_num_samples: int | None = option(None, "the same of the held-out stream", least=1)
     synthetic: bool = option(False, "random images that are never read, for measuring speed")
     bad_images: str = option(
         "stop",
@@ -30,42 +36,60 @@ class Settings:
         free=True,
         choices=("stop", "skip"),
     )
-    epochs: int = option(300, "passes over the training images")
-    batch_size: int = option(1024, "images at a time in each process")
+    epochs: int = option(300, "passes over the training images", least=1)
+    batch_size: int = option(1024, "images at a time in each process", least=1)
     global_batch_size: int | None = option(
-        None, "images per update over all processes, instead of --batch-size"
+        None, "images per update over all processes, instead of --batch-size", least=1
     )
-    grad_accum_steps: int = option(1, "batches per update of the weights", free=True)
+    grad_accum_steps: int = option(1, "batches per update of the weights", free=True, least=1)
     opt: str = option("adamw", "timm optimiser")
-    lr: float | None = option(None, "learning rate; default: lr-base * images per update / 512")
-    lr_base: float = option(5e-4, "learning rate for 512 images per update")
-    min_lr: float = option(1e-5, "learning rate at the end of the schedule")
-    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up")
-    warmup_epochs: int = option(5, "epochs of warm-up")
+    lr: float | None = option(
+        None, "learning rate; default: lr-base * images per update / 512", least=0
+    )
+    lr_base: float = option(5e-4, "learning rate for 512 images per update", least=0)
+    min_lr: float = option(1e-5, "learning rate at the end of the schedule", least=0)
+    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", least=0)
+    warmup_epochs: int = option(5, "epochs of warm-up", least=0)
     sched: str = option("cosine", "timm schedule; none keeps the rate constant")
-    weight_decay: float = option(0.05, "weight decay; masks, biases and norms have none")
-    clip_grad: float | None = option(None, "clip the gradient at this")
+    weight_decay: float = option(0.05, "weight decay; masks, biases and norms have none", least=0)
+    clip_grad: float | None = option(None, "clip the gradient at this", above=0)
     clip_mode: str = option("norm", "how: norm, value or agc", choices=("norm", "value", "agc"))
-    smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.8, "mixup alpha, 0 for none")
-    cutmix: float = option(1.0, "cutmix alpha, 0 for none")
-    mixup_prob: float = option(1.0, "share of batches that mixup or cutmix is applied to")
-    mixup_switch_prob: float = option(0.5, "share of those that get cutmix, where both are on")
-    mixup_off_epoch: int = option(0, "epoch from which neither is applied, 0 for never")
-    drop_path: float | None = option(0.1, "stochastic depth of the deepest block")
+    smoothing: float = option(0.1, "label smoothing", least=0, below=1)
+    mixup: float = option(0.8, "mixup alpha, 0 for none", least=0)
+    cutmix: float = option(1.0, "cutmix alpha, 0 for none", least=0)
+    mixup_prob: float = option(
+        1.0, "share of batches that mixup or cutmix is applied to", least=0, most=1
+    )
+    mixup_switch_prob: float = option(
+        0.5, "share of those that get cutmix, where both are on", least=0, most=1
+    )
+    mixup_off_epoch: int = option(0, "epoch from which neither is applied, 0 for never", least=0)
+    drop_path: float | None = option(0.1, "stochastic depth of the deepest block", least=0, below=1)
     aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment policy, none for none")
-    aug_repeats: int = option(0, "repeated augmentation: how often an image is in one pass")
-    color_jitter: float | None = option(0.3, "colour jitter, where aa is none")
-    reprob: float = option(0.25, "probability of random erasing")
-    remode: str = option("pixel", "random erasing: const, rand or pixel")
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    scale: tuple[float, float] = option((0.08, 1.0), "area of a random crop, two fractions")
-    ratio: tuple[float, float] = option((0.75, 4 / 3), "aspect of a random crop, two numbers")
-    train_interpolation: str = option("bicubic", "bilinear, bicubic or random")
-    crop_pct: float | None = option(None, "evaluation: share of the image in the centre crop")
-    no_aug: bool = option(False, "no augmentation at all")
+    aug_repeats: int = option(
+        0, "repeated augmentation: how often an image is in one pass", least=0
+    )
+    color_jitter: float | None = option(0.3, "colour jitter, where aa is none", least=0)
+    reprob: float = option(0.25, "probability of random erasing", least=0, most=1)
+    remode: str = option(
+        "pixel", "what random erasing puts there", choices=("const", "rand", "pixel")
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", least=0, most=1)
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), "area of a random crop, two fractions", above=0, most=1
+    )
+    ratio: tuple[float, float] = option(
+        (0.75, 4 / 3), "aspect of a random crop, two numbers", above=0
+    )
+    train_interpolation: str = option(
+        "bicubic", "how crops are resized", choices=("bilinear", "bicubic", "random")
+    )
+    crop_pct: float | None = option(
+        None, "evaluation: share of the image in the centre crop", above=0
+    )
+    no_aug: bool = option(False, "no augmentation of single images: mixup has options of its own")
     model_ema: bool = option(False, "keep a moving average of the weights; it is the result")
-    model_ema_decay: float = option(0.9998, "decay of that average per update")
+    model_ema_decay: float = option(0.9998, "decay of that average per update", least=0, most=1)
     model_ema_warmup: bool = option(False, "let that decay grow from 0")
     amp: bool = option(False, "autocast to 16 bits; masks, penalty and loss stay float32")
     amp_dtype: str = option(
@@ -79,16 +103,18 @@ class Settings:
         False, "recompute blocks in the backward pass to save memory", free=True
     )
     fsdp: bool = option(False, "shard the model over processes (FSDP2)")
-    seed: int = option(42, "seed of everything random")
-    workers: int = option(4, "processes that load images; 0 loads in the main one", free=True)
+    seed: int = option(42, "seed of everything random", least=0, below=2**32)
+    workers: int = option(
+        4, "processes that load images; 0 loads in the main one", free=True, least=0
+    )
     threads: int | None = option(
-        None, "CPU threads while training; none for torch's own choice", free=True
+        None, "CPU threads while training; none for torch's own choice", free=True, least=1
     )
     device: str = option("auto", "auto (CUDA where there is one), cpu or cuda", free=True)
     checkpoint_steps: int = option(
-        1000, "updates between checkpoints within an epoch, 0 for none", free=True
+        1000, "updates between checkpoints within an epoch, 0 for none", free=True, least=0
     )
-    checkpoint_keep: int = option(2, "newest checkpoints that are kept", free=True)
+    checkpoint_keep: int = option(2, "newest checkpoints that are kept", free=True, least=1)
     tensorboard: bool = option(False, "write TensorBoard files too", free=True)
     teacher: str | None = option(
         None, "model to imitate: dense (the one started from), a timm name or a saved folder"
@@ -98,12 +124,12 @@ class Settings:
         "imitate logits (soft or hard) or features (feature)",
         choices=("soft", "hard", "feature"),
     )
-    distill_loss_weight: float = option(0.0, "weight of imitating the teacher")
-    task_loss_weight: float = option(1.0, "weight of the labels beside it")
-    distill_temperature: float = option(1.0, "temperature of soft distillation")
-    l1_attention: float = option(2e-4, "penalty on attention masks")
-    l1_mlp: float = option(5e-5, "penalty on MLP masks")
-    l1_token: float = option(1e-4, "penalty on token gates")
+    distill_loss_weight: float = option(0.0, "weight of imitating the teacher", least=0)
+    task_loss_weight: float = option(1.0, "weight of the labels beside it", least=0)
+    distill_temperature: float = option(1.0, "temperature of soft distillation", above=0)
+    l1_attention: float = option(2e-4, "penalty on attention masks", least=0)
+    l1_mlp: float = option(5e-5, "penalty on MLP masks", least=0)
+    l1_token: float = option(1e-4, "penalty on token gates", least=0)
     l1_per: str = option(
         "kind",
         "how penalties are spread: kind (the paper's), unit or mac",
@@ -114,26 +140,16 @@ class Settings:
         "subgradient (the paper's), or proximal: to exact zero",
         choices=("subgradient", "proximal"),
     )
-    l1_warmup_epochs: float = option(0.0, "epochs in which penalties grow from zero")
-    mask_lr_scale: float = option(1.0, "learning rate of masks over that of weights")
+    l1_warmup_epochs: float = option(0.0, "epochs in which penalties grow from zero", least=0)
+    mask_lr_scale: float = option(1.0, "learning rate of masks over that of weights", least=0)
     forecast: bool = option(
         True, "evaluate the model cut to each budget after every epoch", free=True
     )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            if choices and value not in choices:
-                raise VitslimError(
-                    f"--{field.name.replace('_', '-')} is one of {', '.join(choices)}, "
-                    f"not {value!r}."
-                )
-        for name in ("epochs", "batch_size", "grad_accum_steps", "checkpoint_keep"):
-            if getattr(self, name) < 1:
-                raise VitslimError(f"--{name.replace('_', '-')} must be at least 1.")
-        for name in ("seed", "checkpoint_steps", "workers"):
-            if getattr(self, name) < 0:
-                raise VitslimError(f"--{name.replace('_', '-')} must not be negative.")
+            check_value(field, getattr(self, field.name))
+        check_device(self.device)
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise VitslimError(
                 f"Mixup needs an even batch size, not {self.batch_size}: "
@@ -209,6 +225,12 @@ ONLY_IN = {
     "task_loss_weight": ("search", "retrain"),
     "distill_temperature": ("search", "retrain"),
 }
+
+
+def check_device(name: str) -> None:
+    """Raises VitslimError where a device is none that anything here runs on."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise VitslimError(f"--device is auto, cpu, cuda or cuda:N, not {name!r}.")
 
 
 def belongs(name: str, stage: str) -> bool:

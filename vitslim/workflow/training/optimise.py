@@ -10,6 +10,7 @@ from torch import nn
 
 from ...errors import VitslimError
 from ...masks import mask_parameters
+from ..data.images import reason
 from ..options.settings import Settings
 
 
@@ -41,7 +42,9 @@ def make_optimizer(
     try:
         return create_optimizer_v2(groups, settings.opt, lr=lr, **fused)
     except (AssertionError, ValueError, KeyError) as error:
-        raise VitslimError(f"timm has no optimiser {settings.opt!r}.") from error
+        raise VitslimError(
+            f"timm cannot make the optimiser {settings.opt!r} ({reason(error)})."
+        ) from error
 
 
 def _undecayed(model: nn.Module) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, updates
             updates_per_epoch=updates,
             **steps,
         )
-    except ValueError:
+    except (AssertionError, ValueError):
         scheduler = None
     # Older timm answers None for a name it does not know.
     if scheduler is None or settings.sched == "plateau":
