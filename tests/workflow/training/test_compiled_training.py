@@ -54,9 +54,9 @@ def test_training_is_one_graph_without_recompilation(
     journal = Journal("search", None, quiet=True)
     loop = Loop(model, settings, stage, world, journal, teacher=teacher)
     for epoch in range(2):
-        loop.update.begin_epoch(epoch)
+        loop.learner.update.begin_epoch(epoch)
         for batch in loop.data.epoch(epoch):
-            loop.update([batch], loop.done, epoch, where="here")
+            loop.learner.update([batch], loop.done, epoch, where="here")
     # fullgraph=True raises at a graph break, so one frame is one graph of all blocks. A teacher is
     # another model.
     assert counted.frame_count == (2 if teacher else 1)
@@ -82,9 +82,9 @@ def test_blocks_of_a_sharded_model_are_a_graph_each(
         settings = dataclasses.replace(quick, fsdp=True, compile=compiled, epochs=2)
         stage = StageFolder(tmp_path, stage_args(settings, world))
         loop = Loop(copy.deepcopy(model), settings, stage, world, Journal("x", None, quiet=True))
-        loop.update.begin_epoch(0)
+        loop.learner.update.begin_epoch(0)
         batches = [[batch] for batch in loop.data.epoch(0)]
-        losses.append([loop.update(batch, 0, 0.0, where="here").loss for batch in batches])
+        losses.append([loop.learner.update(batch, 0, 0.0, where="here").loss for batch in batches])
     assert counted.frame_count == len(model.blocks) > 1
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
@@ -96,10 +96,10 @@ def test_what_is_not_finite_is_found_in_a_compiled_model(
     settings = dataclasses.replace(quick, fsdp=sharded, compile=True)
     stage = StageFolder(tmp_path, stage_args(settings, world))
     loop = Loop(tiny, settings, stage, world, Journal("x", None, quiet=True))
-    loop.update.criterion = lambda out, target: (0 * out.sum()).sqrt()
-    loop.update.begin_epoch(0)
+    loop.learner.update.criterion = lambda out, target: (0 * out.sum()).sqrt()
+    loop.learner.update.begin_epoch(0)
     with pytest.raises(VitslimError, match=r"gradient is not finite in here, .* of head.bias"):
-        loop.update(list(itertools.islice(loop.data.epoch(0), 1)), 0, 0.0, where="here")
+        loop.learner.update(list(itertools.islice(loop.data.epoch(0), 1)), 0, 0.0, where="here")
 
 
 def test_compiled_training_ends_where_eager_training_does(

@@ -144,14 +144,14 @@ def test_an_overflow_in_float16_skips_one_update(tiny, quick, world, tmp_path) -
     settings = dataclasses.replace(quick, amp=True, amp_dtype="float16", epochs=1, clip_grad=1.0)
     stage = StageFolder(tmp_path, stage_args(settings, world))
     loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
-    loop.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    loop.learner.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     start = tiny.head.weight.clone()
     batch = list(itertools.islice(loop.data.epoch(0), 1))
-    loop.update.begin_epoch(0)
-    loop.update(batch, 0, 0.0, where="here")
+    loop.learner.update.begin_epoch(0)
+    loop.learner.update(batch, 0, 0.0, where="here")
     assert torch.equal(tiny.head.weight, start)
-    assert loop.update.scaler.get_scale() == 2.0**39
-    assert loop.update.state()["scaler"]["scale"] == 2.0**39
+    assert loop.learner.update.scaler.get_scale() == 2.0**39
+    assert loop.learner.update.state()["scaler"]["scale"] == 2.0**39
 
 
 def test_a_gradient_that_is_infinite_at_every_scale_of_float16_stops(
@@ -204,8 +204,8 @@ def test_mixing_ends_when_it_is_told_to(tiny, quick, world, tmp_path) -> None:
     loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
     on = []
     for epoch in range(4):
-        loop.update.begin_epoch(epoch)
-        on.append(loop.update.mixup.mixup_enabled)
+        loop.learner.update.begin_epoch(epoch)
+        on.append(loop.learner.update.mixup.mixup_enabled)
     assert on == [True, True, False, False]
 
 
@@ -286,7 +286,7 @@ def test_the_average_begins_with_the_first_update(tiny, quick, world, tmp_path) 
         loop._update([next(batches)], 0, step)
         seen.append(tiny.head.weight.detach().clone())
     expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
-    torch.testing.assert_close(loop.average.module.head.weight.detach(), expected)
+    torch.testing.assert_close(loop.learner.average.module.head.weight.detach(), expected)
 
 
 @pytest.mark.parametrize("epochs", [0, 2])

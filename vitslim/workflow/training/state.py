@@ -38,7 +38,7 @@ class State(NamedTuple):
     """
 
     update: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     facts: dict[str, Any]
     accuracy: float | None = None
     folder: Path | None = None

@@ -85,13 +85,13 @@ def train(
                 journal.say(f"going on after epoch {epoch}{within} of {settings.epochs} epochs.")
                 journal.record(loop.rows)
             elif before is not None:
-                loop.facts = before(loop.result(), loop.data)
+                loop.facts = before(loop.learner.result(), loop.data)
             loop.run(after)
     world.wait()
     seconds = sum(row["seconds"] for row in loop.rows)
     best = max(loop.rows, key=lambda row: (row["accuracy"], row["epoch"]))
     return Outcome(
-        loop.result(),
+        loop.learner.result(),
         loop.rows[-1]["accuracy"],
         seconds,
         loop.facts,
