@@ -21,10 +21,8 @@ run: $(VENV)/.built
 	$(PY) -m vitslim run --data digits --budget macs=60% --output $(OUTPUT) --resume
 	@echo "report: $(OUTPUT)/report/index.html"
 
-# Two files of tests at a time; TEST="-x tests/ops" takes some of them, one after another.
-TEST ?= -n 2 --dist loadfile
 test: $(VENV)/.built
-	$(PY) -m pytest $(TEST)
+	$(PY) -m pytest
 
 bench: $(VENV)/.built
 	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s -k "not cuda and not vit_encoder"

@@ -3,7 +3,6 @@
 import ast
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -30,8 +29,6 @@ def smoke(tmp_path_factory):
     done = subprocess.run(
         [*command, "--smoke", "-q", "-p", "no:cacheprovider", f"--benchmark-json={path}"],
         cwd=ROOT,
-        # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist.
-        env={name: value for name, value in os.environ.items() if "XDIST" not in name},
         capture_output=True,
         text=True,
         check=False,

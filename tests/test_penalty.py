@@ -98,13 +98,11 @@ def test_another_spread_is_refused():
 
 def test_masks_sharded_over_processes_pay_the_whole_penalty(tmp_path):
     multiprocessing.start_processes(
-        shard_and_compare, (str(tmp_path / "meeting"),), nprocs=2, start_method="fork"
+        shard_and_compare, (str(tmp_path / "meeting"),), nprocs=2, start_method="spawn"
     )
 
 
 def shard_and_compare(rank, meeting):
-    # A fork inherits no pool of threads and must not use one; DataLoader's workers do the same.
-    torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
     torch.manual_seed(0)
