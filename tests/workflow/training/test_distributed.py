@@ -54,13 +54,15 @@ def difference(one: Path, other: Path) -> float:
     ],
 )
 def test_the_number_of_processes_changes_nothing(shared: Path, one: str, other: str) -> None:
-    assert difference(shared / one, shared / other) < 1e-6
+    # A graph may round float16 elsewhere than eager kernels do.
+    limit = 1e-3 if "half" in one else 1e-6
+    assert difference(shared / one, shared / other) < limit
     rows, others = (read_summary(shared / name / "summary.csv") for name in (one, other))
     assert len(rows) == 3
     for a, b in zip(rows, others, strict=True):
         assert a["accuracy"] == b["accuracy"]
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-6)
-        assert float(a["penalty"]) == pytest.approx(float(b["penalty"]), abs=1e-6)
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=limit)
+        assert float(a["penalty"]) == pytest.approx(float(b["penalty"]), abs=limit)
     forecasts = [(shared / name / "forecast.csv").read_text() for name in (one, other)]
     assert forecasts[0] == forecasts[1]
 
