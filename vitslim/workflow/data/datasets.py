@@ -118,9 +118,9 @@ def _timm(settings: Settings, mode: str, split: str, images: int | None, trainin
             raise VitslimError(
                 f"{settings.data} is a folder: write --data folder:{settings.data}."
             ) from error
+        where = f"in {settings.data_dir}" if settings.data_dir else "without --data-dir"
         raise VitslimError(
-            f"timm cannot open the dataset {settings.data!r}, split {split}, in "
-            f"{settings.data_dir or 'no --data-dir'}: {error}. "
+            f"timm cannot open the dataset {settings.data!r}, split {split}, {where}: {error}. "
             "Data is digits, folder:PATH or the name of a timm dataset."
         ) from error
 
