@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from trouble import trouble_of
 
 from vitslim.errors import VitslimError
 from vitslim.workflow.data import images as images_module
@@ -31,15 +32,6 @@ def _open(images: Path, model: nn.Module, workers: int, bad_images: str, **more:
     given = {"batch_size": 8, "workers": workers, "bad_images": bad_images, "no_aug": True}
     settings = settings_for("retrain", {"data": f"folder:{images}", "reprob": 0.0, **given, **more})
     return open_data(settings, model, World(torch.device("cpu")))
-
-
-def _trouble(data: Data) -> str:
-    """What is said in an epoch; `pytest.raises` would keep the workers alive with the frames."""
-    try:
-        list(data.epoch(0))
-    except VitslimError as error:
-        return str(error)
-    pytest.fail("The epoch went well.")
 
 
 def _no_image(file: Path) -> None:
@@ -68,7 +60,7 @@ def _gone(file: Path) -> None:
 def test_a_bad_image_stops_in_one_sentence_that_names_it(images, model, workers, damage) -> None:
     bad = images / "train/light/3.png"
     damage(bad)
-    sentence = _trouble(_open(images, model, workers, "stop"))
+    sentence = trouble_of(_open(images, model, workers, "stop"))
     assert sentence.startswith(f"{bad} cannot be read (")
     assert sentence.endswith("): repair or remove it, or pass --bad-images skip.")
     assert "\n" not in sentence
@@ -144,7 +136,7 @@ def test_sixteen_bits_become_eight_and_are_not_white(images, model) -> None:
 def test_a_bad_image_is_named_once_in_a_relative_folder(images, model, monkeypatch) -> None:
     monkeypatch.chdir(images.parent)
     _no_image(images / "train/light/3.png")
-    sentence = _trouble(_open(Path(images.name), model, 0, "stop"))
+    sentence = trouble_of(_open(Path(images.name), model, 0, "stop"))
     assert sentence.startswith("images/train/light/3.png cannot be read (it is no image")
 
 

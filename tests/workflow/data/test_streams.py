@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from trouble import trouble_of
 
 from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data, open_data
@@ -108,15 +109,6 @@ def test_held_out_images_of_a_stream_are_seen_once(shards: Path, workers: int, s
     assert len(seen) == len(set(seen)) == 8
 
 
-def _trouble(data: Data) -> str:
-    """What is said in an epoch; `pytest.raises` would keep the workers alive with the frames."""
-    try:
-        list(data.epoch(0))
-    except VitslimError as error:
-        return str(error)
-    pytest.fail("The epoch went well.")
-
-
 def _spoil(shards: Path) -> None:
     with tarfile.open(shards / "train-2.tar", "a") as tar:
         _add(tar, "spoilt.png", b"no image")
@@ -125,7 +117,7 @@ def _spoil(shards: Path) -> None:
 
 def test_a_bad_image_of_a_stream_stops_in_one_sentence(shards: Path) -> None:
     _spoil(shards)
-    sentence = _trouble(_open(shards, train_num_samples=33))
+    sentence = trouble_of(_open(shards, train_num_samples=33))
     assert sentence.startswith(f"spoilt in {shards}/train-2.tar cannot be read (it is no image")
     assert sentence.endswith("--bad-images skip.")
     assert "\n" not in sentence
@@ -141,7 +133,7 @@ def test_a_bad_image_of_a_stream_can_be_skipped(shards: Path, tmp_path: Path, mo
 
 
 def test_more_workers_than_shards_are_told(shards: Path) -> None:
-    sentence = _trouble(_open(shards, train_split="train-0.tar", train_num_samples=16, workers=2))
+    sentence = trouble_of(_open(shards, train_split="train-0.tar", train_num_samples=16, workers=2))
     assert "ended after 1 of 2 batches" in sentence
     assert "--workers" in sentence
 

@@ -27,22 +27,19 @@ class Loader(DataLoader[Any]):
     exits: whoever takes batches has to `close`, or Python waits for the workers for ever.
     """
 
-    def __init__(self, *args: Any, **how: Any) -> None:
-        super().__init__(*args, **how)
-        self._begun: list[Any] = []
+    _begun: Any = None
 
     def __iter__(self) -> Any:
         """Begins the batches anew; workers that persist are those of before."""
-        begun = super().__iter__()
-        self._begun = [begun]
-        return begun
+        self._begun = super().__iter__()
+        return self._begun
 
     def close(self) -> None:
         """Ends the workers, if there are any; whoever iterates again begins new ones."""
-        for begun in self._begun:
-            if hasattr(begun, "_shutdown_workers"):
-                begun._shutdown_workers()
-        self._begun, self._iterator = [], None
+        # Without workers the iterator has none to end.
+        if hasattr(self._begun, "_shutdown_workers"):
+            self._begun._shutdown_workers()
+        self._begun = self._iterator = None
 
 
 def around(loader: Any, dataset: Any, **how: Any) -> Any:
@@ -170,7 +167,7 @@ def _dealt(settings: Settings, world: World) -> Deal:
 
 
 def _seed_erasing(loader: Any, seed: int, deal: Deal) -> SeededErasing | None:
-    """Seeds the erasing that timm's prefetcher does on the device; elsewhere a worker does it."""
+    """Seeds the erasing that timm's prefetcher does on the device, where there is any."""
     if getattr(loader, "random_erasing", None) is None:
         return None
     loader.random_erasing = SeededErasing(loader.random_erasing, seed, deal)
