@@ -115,6 +115,27 @@ def test_a_damaged_checkpoint_does_not_crowd_out_those_that_follow(tmp_path: Pat
     ]
 
 
+def test_a_checkpoint_is_there_while_one_of_the_same_update_replaces_it(
+    tmp_path: Path, monkeypatch
+) -> None:
+    folder = StageFolder(tmp_path, {}, keep=1)
+    folder.save(_state(5, None))
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        folder.save(_state(5, 70.0))
+    assert (folder.latest()[0].update, folder.latest()[0].accuracy) == (5, None)
+    folder.save(_state(5, 70.0))
+    assert (folder.latest()[0].update, folder.latest()[0].accuracy) == (5, 70.0)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-0000000005"]
+
+
 def test_a_state_is_copied_before_it_is_written(tmp_path: Path) -> None:
     folder, state = StageFolder(tmp_path, {}), _state(1)
     write = folder.writer(state)

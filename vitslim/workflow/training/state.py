@@ -130,11 +130,16 @@ class StageFolder:
         whole = {**json.loads(text), "files": hashes}
         _write_file(beside / "state.json", json.dumps(whole, indent=1).encode())
         folder = beside.with_suffix("")
+        if folder.exists():
+            # An epoch that was saved before it was evaluated; it counts until the new one is there.
+            before = folder.with_name(f"{folder.name}-before")
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
+        beside.rename(folder)
         # What is newer than this was damaged, or training would have gone on from there.
         for old in self._folders():
-            if old >= folder:
+            if old > folder:
                 shutil.rmtree(old, ignore_errors=True)
-        beside.rename(folder)
         self._prune()
 
     def _prune(self) -> None:
