@@ -27,6 +27,7 @@ LEVELS = {
     "reference": 1,
     "triton_kernels": 1,
     "plan": 0,
+    "wrapped": 1,
     "files": 0,
     "errors": 0,
 }
