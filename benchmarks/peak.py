@@ -25,7 +25,7 @@ def macs_done(model: nn.Module, rows: int = 1) -> int:
     """
     geometry = Geometry.of(model)
     last, unread = geometry.blocks[-1], geometry.blocks[-1].tokens - rows
-    queries_and_projection = 2 * geometry.embed_dim * last.attn_dim
+    queries_and_projection = 2 * last.dim * last.attn_dim
     attention = 2 * last.tokens * last.attn_dim
-    mlp = 2 * geometry.embed_dim * last.hidden
+    mlp = 2 * last.dim * last.hidden
     return vitslim.cost(model).macs - unread * (queries_and_projection + attention + mlp)

@@ -29,7 +29,11 @@ def test_round_trip_is_bit_equal(name, stage, tmp_path):
     assert torch.equal(vitslim.load(tmp_path).eval()(x), model(x))
     through_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(through_timm(x), model(x))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_second_process_needs_only_the_import(tmp_path):

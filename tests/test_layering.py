@@ -13,21 +13,25 @@ SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 KNOWN_TO_BINDINGS = ("torch", "Python", "pyb")
 # Who may import whom, top to bottom; `ops` reaches the backends by name, in _dispatch alone.
 LEVELS = {
-    "cli": 9,
-    "workflow": 8,
-    "packed": 7,
-    "checkpoint": 7,
-    "surgery": 6,
-    "masks": 5,
-    "info": 5,
-    "cost": 4,
+    "cli": 11,
+    "workflow": 10,
+    "packed": 9,
+    "checkpoint": 9,
+    "model_card": 8,
+    "description": 8,
+    "parts": 7,
+    "surgery": 7,
+    "masks": 6,
+    "info": 6,
+    "cost": 5,
+    "families": 4,
     "layers": 3,
     "ops": 2,
     "native": 1,
     "reference": 1,
     "triton_kernels": 1,
-    "plan": 0,
     "wrapped": 1,
+    "plan": 0,
     "files": 0,
     "errors": 0,
 }
@@ -75,9 +79,14 @@ def test_one_file_chooses_backends():
 
 
 def test_one_file_swaps_modules():
-    makers = ("MaskedBlock(", "SlimBlock(")
-    users = {p.name for p in LIBRARY for maker in makers if f"return {maker}" in p.read_text()}
-    assert users == {"surgery.py"}
+    users = {p.relative_to(ROOT).as_posix() for p in LIBRARY if "set_submodule(" in p.read_text()}
+    assert users == {"vitslim/surgery/swap.py"}
+
+
+def test_what_differs_between_families_stands_in_their_room():
+    # Layers stand for parts of timm's, and the packed engine is of one family; all else asks.
+    rooms = {room(p) for p in LIBRARY if "timm.models.vision_transformer" in p.read_text()}
+    assert rooms == {"families", "layers", "packed"}
 
 
 def test_the_triton_backend_stands_alone():

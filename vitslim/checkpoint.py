@@ -1,64 +1,89 @@
-"""Save and load: safetensors and a config.json that timm reads too. Nothing is ever unpickled."""
+"""Save and load: safetensors and a config.json that timm and transformers read too.
+
+Nothing is ever unpickled.
+"""
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save as serialize
-from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
-from timm.models.vision_transformer import VisionTransformer
-from timm.utils import unwrap_model
+from timm.models import build_model_with_cfg, register_model
+from torch import Tensor, nn
 
+from .description import build, describe
 from .errors import VitslimError
+from .families import family_of
+from .families.plain import plain_settings
 from .files import atomic_write
-from .plan import Plan
-from .surgery import describe, mask, slim
+from .model_card import write_model_card
+from .wrapped import bare, is_sharded, whole
 
 ARCHITECTURE = "vitslim_vit"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
-def save(model: VisionTransformer, folder: str | os.PathLike[str]) -> None:
-    """Writes a dense, masked or slim model as `model.safetensors` and `config.json`.
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes a dense, masked or slim model as it stands: `model.safetensors` and `config.json`.
 
-    After `import vitslim`, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; a
-    dense model needs timm alone. Each file is written beside and renamed, the config last.
+    After `import vitslim`, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and
+    so does transformers' AutoModelForImageClassification; a dense model whose every part timm's
+    arguments describe needs timm alone. Before anything is written, the model is built again from
+    its description and compared. Each file is written beside and renamed, the config last; a
+    README.md says how to load it, unless there is one that is not of ours.
 
     Args:
-        model: Made by timm.create_model, then perhaps by vitslim.mask or vitslim.slim.
+        model: Made by timm.create_model, then perhaps by vitslim.mask or vitslim.slim; bare, or
+            wrapped by torch.compile, data parallelism or a moving average. One that is sharded
+            (FSDP2) must be saved by all processes, of which the first writes.
         folder: Made if it is not there; files of those names in it are replaced.
+
+    Raises:
+        VitslimError: A part cannot be described, such as an adapter or a hook. Nothing is written.
     """
-    model, folder = unwrap_model(model), Path(folder)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    weights = serialize(state, metadata={"format": "pt"})
-    config = _config(model)
+    model, folder = bare(model), Path(folder)
+    model = getattr(model, "source", model)  # of a packed model
+    told = describe(model)
+    weights = serialize(_state(model), metadata={"format": "pt"})
+    config = _config(model, told)
     config["vitslim"] = {"sha256": hashlib.sha256(weights).hexdigest()}
+    if is_sharded(model) and torch.distributed.get_rank() != 0:
+        return
     atomic_write(folder / _WEIGHTS, weights)
+    write_model_card(folder, config)
     atomic_write(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def load(folder: str | os.PathLike[str], **kwargs: Any) -> VisionTransformer:
+def load(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Loads what `save` wrote.
 
     Args:
         folder: Holds config.json and model.safetensors.
-        **kwargs: Passed to timm.create_model, e.g. num_classes=10 for a new classifier.
+        **kwargs: Passed to timm.create_model: num_classes=10 for a new classifier, in_chans=1 and
+            img_size=384 to fit the weights to other images as timm does, features_only=True for a
+            backbone. Token masks are resampled to the new grid of patches.
 
     Raises:
-        VitslimError: A file is missing, truncated, edited, or not of a model of ours.
+        VitslimError: A file is missing, truncated, edited, or not of a model of ours; or a slim
+            model that drops patches was asked for at another size.
     """
     folder = Path(folder)
     _verify(folder)
     try:
-        model: VisionTransformer = timm.create_model(f"local-dir:{folder}", True, **kwargs)
-    except (RuntimeError, SafetensorError, KeyError, TypeError, AssertionError) as error:
+        model = timm.create_model(f"local-dir:{folder}", True, **kwargs)
+    except VitslimError:
+        raise
+    except (
+        *(RuntimeError, SafetensorError, KeyError, TypeError),
+        *(ValueError, AssertionError, AttributeError),
+    ) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise VitslimError(
             f"{folder} does not hold a model that fits its config.json: {reason[0][:200]}"
@@ -67,72 +92,95 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> VisionTransformer:
 
 
 @register_model
-def vitslim_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """timm's way in: builds the dense model that `base` names, then masks it or slims it."""
-    base, plan, masks = (kwargs.pop(name, None) for name in ("base", "plan", "masks"))
+def vitslim_vit(pretrained: bool = False, **kwargs: Any) -> Any:
+    """timm's way in: builds what a saved description tells, and lets timm load it."""
+    told = {name: kwargs.pop(name, None) for name in _DESCRIPTION}
+    base = told["base"]
     if base is None:
         raise VitslimError(
             "vitslim_vit is built from a saved folder: timm.create_model('local-dir:FOLDER')"
         )
-    given = kwargs.pop("pretrained_cfg", None)
-    overlay = kwargs.pop("pretrained_cfg_overlay", None)
-    for name in ("cache_dir", "pretrained_model_args"):
-        kwargs.pop(name, None)
-    config = resolve_pretrained_cfg(ARCHITECTURE, given, overlay).to_dict()
-    if config.get("source") == "local-dir" and pretrained:
-        _verify(Path(config["file"]))
-    model = timm.create_model(base["model"], **{**base["args"], **kwargs})
-    if plan is not None:
-        model = slim(model, _plan(plan))
-    elif masks is not None:
-        model = mask(model, **masks)
-    architecture = model.pretrained_cfg["architecture"]
-    model.pretrained_cfg = model.default_cfg = config | {"architecture": architecture}
-    if pretrained:
-        channels = model.patch_embed.proj.weight.shape[1]
-        load_pretrained(model, config, num_classes=model.num_classes, in_chans=channels)
+    given = kwargs.get("pretrained_cfg") or {}
+    if isinstance(given, Mapping) and given.get("source") == "local-dir" and pretrained:
+        _verify(Path(given["file"]))
+    kwargs.pop("pretrained_model_args", None)
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    model = build_model_with_cfg(
+        lambda **given: build(told, **given),
+        ARCHITECTURE,
+        pretrained,
+        # So that the model is described by timm's name for it when it is saved again.
+        pretrained_cfg_overlay={**overlay, "architecture": base["model"]},
+        pretrained_filter_fn=_resampled(base),
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+    inner = getattr(model, "model", model)  # of a feature extractor
+    inner._model_args = {**base["args"], **_told_anew(kwargs)}
     return model
 
 
-def _config(model: VisionTransformer) -> dict[str, Any]:
-    plan, masks = getattr(model, "plan", None), getattr(model, "mask_args", None)
-    base = describe(model) if plan is None else dict(plan.base)
-    if not timm.is_model(base["model"]):
-        raise VitslimError(
-            f"{base['model']} is not a name timm can build; make the model with timm.create_model "
-            "so that it can be saved with the arguments that build it again"
-        )
-    # A new classifier may have been put on after the search.
-    now = {"num_classes": model.num_classes, "global_pool": model.global_pool}
-    base["args"] = base["args"] | now
+# What a description tells, see `description`.
+_DESCRIPTION = ("base", "plan", "masks", "parts", "tied", "dtypes")
+# Of the arguments of timm.create_model, those that say how a model is wrapped or found.
+_OF_THE_CALL = ("features_only", "out_indices", "feature_cls", "pretrained_cfg", "cache_dir")
+
+
+def _told_anew(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _OF_THE_CALL}
+
+
+def _resampled(base: Mapping[str, Any]) -> Any:
+    """Returns timm's filter of a state dict: it fits one of other images to the model."""
+
+    def fit(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        family = family_of(model, "loaded")
+        return family.resampled(state, model, family.grid_of(base))
+
+    return fit
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a model as safetensors takes them: on the CPU, whole and apart."""
+    state, seen = {}, set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise VitslimError(f"{name} is a {type(value).__name__}, and files hold only tensors")
+        tensor = whole(value.detach()).cpu().contiguous()
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+            raise VitslimError(
+                f"{name} is a {type(value).__name__} that safetensors cannot hold; save the model "
+                "before it is quantized"
+            )
+        storage = tensor.untyped_storage()
+        # Tied ones, and views of a larger tensor.
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        state[name] = tensor
+    return state
+
+
+def _config(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Any]:
+    base, family = told["base"], family_of(model, "saved")
     known = getattr(model, "pretrained_cfg", None) or {}
     preprocessing = {name: known[name] for name in _PREPROCESSING if known.get(name) is not None}
-    channels, size = model.patch_embed.proj.weight.shape[1], model.patch_embed.img_size
     preprocessing |= {
-        "input_size": [channels, *size],
+        "input_size": list(family.input_shape(model)),
         "fixed_input_size": True,
-        "num_classes": model.num_classes,
+        "num_classes": base["args"]["num_classes"],
         "first_conv": known.get("first_conv", "patch_embed.proj"),
         "classifier": known.get("classifier", "head"),
     }
-    whole: dict[str, Any] = {"architecture": base["model"], "model_args": base["args"]}
-    if plan is not None or masks is not None:
-        whole["architecture"] = ARCHITECTURE
-        whole["model_args"] = {"base": base}
-        whole["model_args"] |= {"plan": plan.to_dict()} if plan is not None else {"masks": masks}
-    return whole | {
-        "num_classes": model.num_classes,
+    alone = set(told) == {"base"}
+    return {
+        "architecture": base["model"] if alone else ARCHITECTURE,
+        "model_args": base["args"] if alone else dict(told),
+        "num_classes": base["args"]["num_classes"],
         "num_features": model.num_features,
-        "global_pool": model.global_pool,
-        "pretrained_cfg": preprocessing,
+        "global_pool": base["args"]["global_pool"],
+        "pretrained_cfg": plain_settings(preprocessing),
     }
-
-
-def _plan(data: dict[str, Any]) -> Plan:
-    try:
-        return Plan.from_dict(data)
-    except ValueError as error:
-        raise VitslimError(f"the plan in {_CONFIG} is broken: {error}") from None
 
 
 def _verify(folder: Path) -> None:

@@ -153,12 +153,12 @@ def model_of(choices: Choices) -> str:
 
 def _check_supported(choices: Choices) -> None:
     """Refuses what cannot be masked or met before weights are fetched or any data is read."""
-    from .surgery import check_model
+    from .families import family_of
     from .workflow.models import meta_model
     from .workflow.threshold import check_budget, parse_budget
 
     model = meta_model(model_of(choices), choices.model_kwargs)
-    check_model(model, choices.kinds, "masked")
+    family_of(model, "masked").check(model, tuple(choices.kinds), "masked")
     for budget in map(parse_budget, choices.budget):
         check_budget(model, budget, choices.kinds, **choices.some(PLANNING))
 

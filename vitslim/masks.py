@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .cost import block_shapes
 from .errors import VitslimError
+from .families import family_of
 from .files import atomic_safetensors
-from .layers import MaskedAttention, MaskedBlock, MaskedMlp
+from .layers import MaskedAttention, MaskedMlp, TokenGate
 from .layers.walk import MaskedPart, masked_parts
+from .wrapped import bare, whole
 
 KINDS = ("attention", "mlp", "token")
 SPREADS = ("kind", "unit", "mac")
@@ -39,23 +40,26 @@ class Masks:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module) -> "Masks":
-        """Reads the masks of a masked model, as float32 copies on the CPU."""
-        model = unwrap_model(model)
+        """Reads the masks of a masked model, wrapped or not, as float32 copies on the CPU.
+
+        Of a sharded model (FSDP2) all processes must ask, and each gets them whole.
+        """
+        model = bare(model)
         attention: list[Tensor | None] = []
         mlp: list[Tensor | None] = []
         token: list[Tensor | None] = []
         granularity = "head_dim"
-        for block in model.blocks:
-            masked = block if isinstance(block, MaskedBlock) else None
-            attn: Any = getattr(masked, "attn", None)
+        for site in family_of(model, "searched").sites(model):
+            block = site.block
+            attn: Any = getattr(block, "attn", None)
             has_attention = isinstance(attn, MaskedAttention)
             if has_attention:
                 granularity = attn.granularity
             attention.append(_copy(attn.expanded_mask()) if has_attention else None)
-            hidden = getattr(masked, "mlp", None)
+            hidden = getattr(block, "mlp", None)
             mlp.append(_copy(hidden.mask) if isinstance(hidden, MaskedMlp) else None)
-            gates = getattr(masked, "tokens", None)
-            token.append(None if gates is None else _copy(gates.gate()))
+            gates = getattr(block, "tokens", None)
+            token.append(_copy(gates.gate()) if isinstance(gates, TokenGate) else None)
         if not any(each is not None for each in attention + mlp + token):
             raise VitslimError("the model has no masks; make them with vitslim.mask(model)")
         return cls(attention, mlp, token, granularity)
@@ -97,7 +101,7 @@ def mask_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the learnable masks of a model with their names; token masks as raw values."""
     return [
         (f"{part.name}.{'raw' if part.kind == 'token' else 'mask'}", part.parameter)
-        for part in masked_parts(unwrap_model(model))
+        for part in masked_parts(bare(model))
     ]
 
 
@@ -160,7 +164,7 @@ def mask_weights(
     """
     if per not in SPREADS:
         raise VitslimError(f"a penalty is spread per {', '.join(SPREADS)}, not per {per!r}")
-    model = unwrap_model(model)
+    model = bare(model)
     parts = sorted(masked_parts(model), key=lambda part: KINDS.index(part.kind))
     if not parts:
         raise VitslimError("the model has no masks to penalise; make them with vitslim.mask(model)")
@@ -177,8 +181,9 @@ def mask_weights(
 def _unit_macs(model: nn.Module, parts: list[MaskedPart]) -> list[int]:
     """Returns for every mask the MACs behind one of its elements."""
     macs: dict[nn.Module | None, int] = {}
-    for block, shape in zip(model.blocks, block_shapes(model), strict=True):
-        dim, hidden, place = shape.unit_macs(model.embed_dim)
+    sites = family_of(model, "searched").sites(model)
+    for (_, block, *_), shape in zip(sites, block_shapes(model), strict=True):
+        dim, hidden, place = shape.unit_macs()
         macs |= {block.mlp: hidden, getattr(block, "tokens", None): place}
         if isinstance(block.attn, MaskedAttention):
             # A value that heads or dimensions share stands for all of them.
@@ -199,4 +204,4 @@ def _norm(values: list[Tensor], mesh: Any = None, placements: tuple[Any, ...] = 
 
 
 def _copy(values: Tensor) -> Tensor:
-    return values.detach().float().cpu().clone()
+    return whole(values.detach()).float().cpu().clone()

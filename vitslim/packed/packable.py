@@ -11,12 +11,12 @@ from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import nn
 
 from ..errors import VitslimError
+from ..families import family_of
 from ..layers import GatedLayerNorm, SlimAttention, SlimBlock, SlimMlp
 from ..layers.attention import why_not_attention
 from ..layers.mlp import activation_name, why_not_mlp
 from ..masks import mask_parameters
 from ..ops.packed_linear import ACTIVATIONS
-from ..surgery import check_model
 
 # The parts of a model that the arrays stand for; all others are the head's and stay timm's.
 ENCODED = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm")
@@ -34,7 +34,7 @@ _INSTEAD = "use the model as it is"
 
 def check_packable(model: nn.Module) -> None:
     """Raises one sentence with the reason where a model cannot be packed."""
-    check_model(model, done="packed")
+    family_of(model, "packed").check(model, done="packed")
     if list(mask_parameters(model)):
         raise VitslimError(
             "a masked model cannot be packed: slim it first, "

@@ -7,14 +7,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..checkpoint import load
+from ..description import base_of, dense_of
 from ..errors import VitslimError
 from ..packed import PackedVisionTransformer, pack
 from ..plan import Plan
-from ..surgery import describe
+from ..wrapped import bare
 from .data.datasets import DIGITS_CLASSES, DIGITS_MEAN, DIGITS_STD
 from .options.recipes import open_recipe
 from .training.state import read_json
@@ -33,7 +33,7 @@ DIGITS_KWARGS: dict[str, Any] = {
 }
 
 
-def digits_model() -> VisionTransformer:
+def digits_model() -> nn.Module:
     """Builds the small dense ViT for digits, from torch's random state."""
     preprocessing = {
         "input_size": (1, 8, 8),
@@ -50,7 +50,7 @@ def digits_model() -> VisionTransformer:
 
 def open_model(
     name: str, pretrained: bool = False, model_kwargs: Mapping[str, Any] | None = None
-) -> VisionTransformer:
+) -> nn.Module:
     """Opens a model by timm's name or from a folder that `vitslim.save` wrote.
 
     Args:
@@ -103,7 +103,7 @@ def open_teacher(
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def open_dense(search: Path, name: str | None = None) -> VisionTransformer:
+def open_dense(search: Path, name: str | None = None) -> nn.Module:
     """Opens the dense model that a search began with.
 
     Args:
@@ -128,14 +128,13 @@ def open_dense(search: Path, name: str | None = None) -> VisionTransformer:
     return open_model(base, pretrained, told.get("model_kwargs"))
 
 
-def base_model(model: VisionTransformer) -> VisionTransformer:
+def base_model(model: nn.Module) -> nn.Module:
     """Builds the dense model that a masked or slim one came from, with random weights."""
-    base = plan.base if (plan := getattr(model, "plan", None)) is not None else describe(model)
-    device = next(model.parameters()).device
-    return timm.create_model(base["model"], **base["args"]).to(device)
+    model = bare(model)
+    return dense_of(base_of(model)).to(next(model.parameters()).device)
 
 
-def meta_model(name: str, model_kwargs: Mapping[str, Any] | None = None) -> VisionTransformer:
+def meta_model(name: str, model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """Opens a model without weights or memory, for its shapes: the dense one of a saved folder.
 
     Args:
@@ -164,9 +163,7 @@ def plan_of(name: str) -> Plan | None:
     return None if plan is None else Plan.from_dict(plan)
 
 
-def packed_for(
-    model: VisionTransformer, device: torch.device, weights: str
-) -> PackedVisionTransformer:
+def packed_for(model: nn.Module, device: torch.device, weights: str) -> PackedVisionTransformer:
     """Packs a model of the command line.
 
     Args:

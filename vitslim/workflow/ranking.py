@@ -185,12 +185,12 @@ class Ranking:
 
     def _per_mac(self, masks: Masks) -> Masks:
         """Divides every score by the MACs of its unit, in the model before anything is cut."""
-        embed_dim, columns = self.geometry.embed_dim, {}
+        columns: dict[str, list[Tensor | None]] = {}
         for kind in KINDS:
             columns[kind] = list(getattr(masks, kind))
             for layer, values in enumerate(columns[kind]):
                 if values is not None:
-                    macs = getattr(self.geometry.blocks[layer].unit_macs(embed_dim), kind)
+                    macs = getattr(self.geometry.blocks[layer].unit_macs(), kind)
                     macs *= self._dims_per_unit(layer) if kind == "attention" else 1
                     # In float64, so that scores that differ keep doing so.
                     columns[kind][layer] = values.double() / macs

@@ -6,21 +6,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cost import Cost, Geometry
+from ..description import base_of
 from ..errors import VitslimError
 from ..masks import KINDS, Masks
 from ..plan import Plan
-from ..surgery import describe
 from .ranking import Ranking
 
 _UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def threshold(
-    model: VisionTransformer,
+    model: nn.Module,
     budget: Mapping[str, Any] | str,
     *,
     masks: Masks | None = None,
@@ -45,7 +44,8 @@ def threshold(
     hidden unit, or a token's row in a layer.
 
     Args:
-        model: A masked model; or, with `masks`, the dense one, on any device, "meta" included.
+        model: A masked model; or, with `masks`, the dense one, on any device, "meta" included;
+            wrapped or not.
         budget: {"macs": "60%"}, {"params": "12M"}, {"attention": 0.7, "mlp": 0.7, "token": 0.8},
             or text such as "macs=60%,token=0.8". Kinds that are searched but not named meet
             params or macs together, see `ranking`; without params or macs they are kept whole.
@@ -79,10 +79,10 @@ def threshold(
         counts = _largest(ranked, geometry, fixed, free, limits, ranking)
     blocks = ranked.blocks(fixed | counts)
     reached = geometry.cost(geometry.planned(blocks))
-    return Plan(describe(model), asked, reached._asdict(), round_to, blocks)
+    return Plan(base_of(model), asked, reached._asdict(), round_to, blocks)
 
 
-def even_plan(model: VisionTransformer, budget: Mapping[str, Any] | str, round_to: int = 1) -> Plan:
+def even_plan(model: nn.Module, budget: Mapping[str, Any] | str, round_to: int = 1) -> Plan:
     """Returns a plan that spreads the cut evenly, for its cost before any search was run.
 
     Attention and MLP take part, tokens only where the budget names them.
@@ -94,7 +94,7 @@ def even_plan(model: VisionTransformer, budget: Mapping[str, Any] | str, round_t
 
 
 def check_budget(
-    model: VisionTransformer,
+    model: nn.Module,
     budget: Mapping[str, Any],
     kinds: Iterable[str] = KINDS,
     **planning: Any,

@@ -251,10 +251,10 @@ def test_mixup_and_a_teacher_train(tiny, world, tmp_path) -> None:
 
 
 def tiny_kwargs(model: torch.nn.Module) -> dict[str, int]:
-    from vitslim.surgery import describe
+    from vitslim.description import base_of
 
     torch.manual_seed(0)
-    return describe(model)["args"]
+    return base_of(model)["args"]
 
 
 def test_a_stage_is_prepared_as_it_is_told_whatever_the_one_before_was(tiny, quick) -> None:

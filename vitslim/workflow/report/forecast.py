@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ...errors import VitslimError
@@ -56,7 +55,7 @@ class Forecast:
                 self.budgets[budget_text(budget)] = dict(budget)
 
     def __call__(
-        self, model: VisionTransformer, epoch: int, evaluate: Callable[[nn.Module], float]
+        self, model: nn.Module, epoch: int, evaluate: Callable[[nn.Module], float]
     ) -> list[dict[str, Any]]:
         """Forecasts after an epoch. Every process takes part, the primary one writes.
 
@@ -89,7 +88,7 @@ class Forecast:
     @torch.no_grad()
     def _row(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         masks: Masks,
         epoch: int,
         text: str,

@@ -4,7 +4,10 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from ...families import family_of
 from ..options.settings import Settings
+
+_DROPS = ("drop_path1", "drop_path2")
 
 
 def prepare(model: nn.Module, settings: Settings) -> None:
@@ -21,11 +24,24 @@ def prepare(model: nn.Module, settings: Settings) -> None:
         _set_drop_path(model, settings.drop_path)
 
 
+def stochastic_depth(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Returns what drops the paths of every block, for `restore`."""
+    blocks = [site.block for site in family_of(model).sites(model)]
+    return [{name: getattr(b, name) for name in _DROPS if hasattr(b, name)} for b in blocks]
+
+
+def restore(model: nn.Module, own: list[dict[str, nn.Module]]) -> None:
+    """Gives a trained model the stochastic depth that it had before it was prepared."""
+    for site, drops in zip(family_of(model).sites(model), own, strict=True):
+        for name, module in drops.items():
+            setattr(site.block, name, module)
+
+
 def _set_drop_path(model: nn.Module, rate: float) -> None:
     """Sets stochastic depth to grow linearly, as timm builds it, to `rate` in the deepest block."""
-    depth = len(model.blocks)
-    for index, block in enumerate(model.blocks):
-        each = rate * index / max(depth - 1, 1)
-        for name in ("drop_path1", "drop_path2"):
+    blocks = [site.block for site in family_of(model).sites(model)]
+    for index, block in enumerate(blocks):
+        each = rate * index / max(len(blocks) - 1, 1)
+        for name in _DROPS:
             if hasattr(block, name):
                 setattr(block, name, DropPath(each) if each else nn.Identity())

@@ -14,6 +14,7 @@ from ..options.settings import Settings
 from ..report.journal import Journal
 from .loop import After, Loop
 from .penalty import Penalty
+from .prepare import restore, stochastic_depth
 from .state import StageFolder
 from .world import World, cpu_threads
 
@@ -71,6 +72,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; the update was finished and saved.
     """
     settings = settings.among(world.size)
+    own = stochastic_depth(model)
     with cpu_threads(settings.threads):
         loop = Loop(model.to(world.device), settings, folder, world, journal, penalty, teacher)
         with closing(loop.data):
@@ -90,13 +92,19 @@ def train(
     world.wait()
     seconds = sum(row["seconds"] for row in loop.rows)
     best = max(loop.rows, key=lambda row: (row["accuracy"], row["epoch"]))
+    trained = loop.learner.result()
+    best_model = loop.at(best["epoch"]) if keep_best and best is not loop.rows[-1] else None
+    for each in (trained, best_model):
+        if each is not None:
+            # A stage's stochastic depth is its own, and is not saved with its model.
+            restore(each, own)
     return Outcome(
-        loop.learner.result(),
+        trained,
         loop.rows[-1]["accuracy"],
         seconds,
         loop.facts,
         {name: best[name] for name in ("epoch", "accuracy")},
-        loop.at(best["epoch"]) if keep_best and best is not loop.rows[-1] else None,
+        best_model,
     )
 
 

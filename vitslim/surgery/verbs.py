@@ -1,0 +1,126 @@
+"""`mask` and `slim`: what a user asks for, checked before anything is copied."""
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..errors import VitslimError
+from ..families import Family, family_of
+from ..layers.tokens import TOKEN_GATES
+from ..masks import KINDS
+from ..plan import Plan
+from ..wrapped import bare
+from .classes import MaskedModel, SlimModel, masked_from, slim_from
+
+
+def mask(
+    model: nn.Module,
+    granularity: str = "head_dim",
+    kinds: Iterable[str] | None = None,
+    token_start: str = "paper",
+    skip: Iterable[str] = (),
+    token_gate: str = "input",
+) -> Any:
+    """Returns a copy of a timm vision transformer with learnable masks in every block.
+
+    The copy is of a class of its own, such as MaskedVisionTransformer, which is the model's class
+    otherwise. Hooks, training mode, dtype, device and what is frozen stay as they are.
+
+    Args:
+        model: ViT, DeiT, DeiT distilled, DeiT-III, with or without register tokens; bare, or
+            wrapped by torch.compile, data parallelism, FSDP2 or a moving average.
+        granularity: Of the attention masks: "head_dim", "uniform" or "head".
+        kinds: Which masks to learn, of "attention", "mlp" and "token"; all that make sense for
+            the model's family if None.
+        token_start: "paper" starts token gates at tanh(3) = 0.995, "one" at exactly 1.
+        skip: Names of parts to leave alone, with wildcards: "blocks.0", "blocks.*.mlp".
+        token_gate: Where token gates act. "input", the paper's: a gate scales the normed input of
+            attention and MLP, and is kept as a constant when slim. "keys": its logarithm is added
+            to the attention scores of the token as a key, whose limit is removal; the fast kernels
+            of a slim model have no place for it, so that `slim` drops it for the tokens it keeps.
+
+    Raises:
+        VitslimError: The model, or a part that `skip` does not name, cannot be masked, or `skip`
+            names what is not there.
+    """
+    model = bare(model)
+    family = family_of(model)
+    kinds, skip = family.kinds if kinds is None else tuple(kinds), tuple(skip)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise VitslimError(f"no kind of mask is called {kind!r}; use {KINDS}")
+        if kind not in family.kinds:
+            raise VitslimError(
+                f"{kind} masks make no sense for a {type(model).__name__}; use {family.kinds}"
+            )
+    if token_gate not in TOKEN_GATES:
+        raise VitslimError(f"no token gate is called {token_gate!r}; use {TOKEN_GATES}")
+    family.check(model, kinds)
+    for variant, state in ((MaskedModel, "masked"), (SlimModel, "slim")):
+        if isinstance(model, variant):
+            raise VitslimError(f"this model is {state} already; mask the dense one it was made of")
+    _check_skip(skip, [site.name for site in family.sites(model)])
+    masks = {
+        "granularity": granularity,
+        "kinds": list(kinds),
+        "token_start": token_start,
+        "skip": list(skip),
+        "token_gate": token_gate,
+    }
+    return masked_from(model, masks)
+
+
+def slim(model: nn.Module, plan: Plan, fold: bool = True) -> Any:
+    """Returns a physically smaller copy: ragged heads, narrower MLPs, fewer tokens, no masks.
+
+    The copy is of a class of its own, such as SlimVisionTransformer, which is the model's class
+    otherwise. Hooks, training mode, dtype, device and what is frozen stay as they are.
+
+    Args:
+        model: A masked model, or the dense one it was made of; wrapped or not, as for `mask`.
+        plan: What every block keeps, from `vitslim.threshold`.
+        fold: Multiply what the kept masks learned into the weights, so that the slim model
+            computes what the masked one does with the dropped units at zero; else the masks are
+            forgotten, as the published code does. What kept tokens learned as a bias of their keys
+            is forgotten in any case.
+
+    Raises:
+        VitslimError: The plan does not fit the model, or a part that it cuts is no plain layer.
+    """
+    model = bare(model)
+    family = family_of(model)
+    if isinstance(model, SlimModel):
+        raise VitslimError("this model is slim already; slim the masked or dense model instead")
+    family.check(model)
+    sites = family.sites(model)
+    if len(plan.blocks) != len(sites):
+        raise VitslimError(
+            f"the plan has {len(plan.blocks)} blocks, the model {len(sites)}; "
+            "it was made for another model"
+        )
+    _check_base(plan, model, family)
+    return slim_from(model, plan, fold)
+
+
+def _check_base(plan: Plan, model: nn.Module, family: Family) -> None:
+    """Refuses a plan for images or patches of another size, whose indices may fit all the same."""
+    args, before = family.describe(model)["args"], plan.base.get("args", {})
+    for name in ("img_size", "patch_size", "embed_dim"):
+        if name in before and before[name] != args.get(name):
+            raise VitslimError(
+                f"the plan was made for a model whose {name} is {before[name]}, and this one's is "
+                f"{args.get(name)}; make a plan for this one with vitslim.threshold"
+            )
+
+
+def _check_skip(skip: tuple[str, ...], blocks: list[str]) -> None:
+    """Refuses a name that would be skipped and is of no part: a slip would mask what it meant."""
+    parts = [*blocks, *(f"{b}.{part}" for b in blocks for part in ("attn", "mlp", "tokens"))]
+    for name in skip:
+        if not fnmatch.filter(parts, name):
+            raise VitslimError(
+                f"skip names {name!r}, of which the model has none; its parts are {blocks[0]} to "
+                f"{blocks[-1]}, and .attn, .mlp and .tokens of each"
+            )
