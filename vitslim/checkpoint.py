@@ -30,7 +30,7 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, folder: str | os.PathLike[str], *, ignore_hooks: bool = False) -> None:
     """Writes a dense, masked or slim model as it stands: `model.safetensors` and `config.json`.
 
     After `import vitslim`, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and
@@ -44,13 +44,15 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             wrapped by torch.compile, data parallelism or a moving average. One that is sharded
             (FSDP2) must be saved by all processes, of which the first writes.
         folder: Made if it is not there; files of those names in it are replaced.
+        ignore_hooks: Save a model that has hooks, without them. They may change what it computes,
+            so that it is refused otherwise.
 
     Raises:
         VitslimError: A part cannot be described, such as an adapter or a hook. Nothing is written.
     """
     model, folder = bare(model), Path(folder)
     model = getattr(model, "source", model)  # of a packed model
-    told = describe(model)
+    told = describe(model, ignore_hooks)
     weights = serialize(_state(model), metadata={"format": "pt"})
     config = _config(model, told)
     config["vitslim"] = {"sha256": hashlib.sha256(weights).hexdigest()}
@@ -146,6 +148,10 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise VitslimError(f"{name} is a {type(value).__name__}, and files hold only tensors")
+        if value.is_meta:
+            raise VitslimError(
+                f"{name} is on the meta device, where tensors have no values to save"
+            )
         tensor = whole(value.detach()).cpu().contiguous()
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
             raise VitslimError(
@@ -177,7 +183,7 @@ def _config(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Any]:
         "architecture": base["model"] if alone else ARCHITECTURE,
         "model_args": base["args"] if alone else dict(told),
         "num_classes": base["args"]["num_classes"],
-        "num_features": model.num_features,
+        "num_features": int(model.num_features),
         "global_pool": base["args"]["global_pool"],
         "pretrained_cfg": plain_settings(preprocessing),
     }

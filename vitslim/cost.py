@@ -18,6 +18,9 @@ from .layers.walk import masked_parts
 from .plan import BlockPlan, Plan
 from .wrapped import bare
 
+# What a model that is of no family "cannot be".
+_COUNTED = "counted in parameters and MACs"
+
 
 class Cost(NamedTuple):
     """params: parameters. macs: multiply-accumulates of one image's forward pass."""
@@ -91,8 +94,8 @@ class Geometry:
     def of(cls, model: nn.Module) -> "Geometry":
         """Reads the geometry of a dense, masked or slim model; works on the meta device."""
         model = _counted(model)
-        family = family_of(model, "counted")
-        family.check(model, done="counted")
+        family = family_of(model, _COUNTED)
+        family.check(model, done=_COUNTED)
         sites = family.sites(model)
         for site in sites:
             if not (hasattr(site.block, "attn") and hasattr(site.block, "mlp")):
@@ -151,7 +154,7 @@ class Geometry:
 def block_shapes(model: nn.Module) -> list[BlockShape]:
     """Returns the shape of every block of a dense, masked or slim model."""
     model = _counted(model)
-    return _shapes(model, family_of(model, "counted"))
+    return _shapes(model, family_of(model, _COUNTED))
 
 
 def cost(model: nn.Module, plan: Plan | None = None) -> Cost:

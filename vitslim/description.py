@@ -5,7 +5,7 @@ rest is found by building that much on "meta" and comparing all modules, see `pa
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -19,11 +19,15 @@ from .parts import apply_part, differences, refuse_what_is_no_data
 from .plan import BlockPlan, Plan
 from .surgery import MaskedModel, SlimModel
 from .surgery.classes import dense_class, masked_from, slim_from
-from .wrapped import bare
+from .wrapped import bare, plain_type
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, ignore_hooks: bool = False) -> dict[str, Any]:
     """Describes a bare model as it stands, and proves that it is built again from what is said.
+
+    Args:
+        model: Dense, masked or slim.
+        ignore_hooks: Whether it may have hooks, of which nothing is told.
 
     Returns:
         {"base": {"model", "args"}}, with {"plan"} of a slim model or {"masks"} of a masked one, and
@@ -34,7 +38,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         VitslimError: A part cannot be described; the sentence names it.
     """
     family = family_of(model, "saved")
-    refuse_what_is_no_data(model)
+    refuse_what_is_no_data(model, ignore_hooks)
     base = family.describe(model)
     if not timm.is_model(base["model"]):
         raise VitslimError(
@@ -82,9 +86,9 @@ def build(told: Mapping[str, Any], **changes: Any) -> Any:
     family = family_of(model, "loaded")
     if plan is not None:
         family.check_plan(model, plan, family.grid_of(base))
-        model = slim_from(model, plan, fold=False, exactly=False)
+        model = slim_from(model, plan, fold=False, exactly=False, keep=False)
     elif told.get("masks") is not None:
-        model = masked_from(model, told["masks"])
+        model = masked_from(model, told["masks"], keep=False)
     asked = {name for name, value in changes.items() if plain(value) != base["args"].get(name)}
     reset = family.classifiers(model) if "num_classes" in asked else ()
     for name, part in (told.get("parts") or {}).items():
@@ -130,7 +134,7 @@ def _prove(model: nn.Module, twin: nn.Module) -> None:
             f"{name or 'the model'} cannot be described so that it is built again; put a layer of "
             "torch's or timm's in its place"
         )
-    kinds = [{n: type(m).__name__ for n, m in each.named_modules()} for each in (model, twin)]
+    kinds = [{n: plain_type(m).__name__ for n, m in _modules(each)} for each in (model, twin)]
     states = [
         {name: (list(tensor.shape), tensor.dtype) for name, tensor in each.state_dict().items()}
         for each in (model, twin)
@@ -144,6 +148,13 @@ def _prove(model: nn.Module, twin: nn.Module) -> None:
             )
     if _tied(model) != _tied(twin):
         raise VitslimError("parameters are shared in a way that cannot be described; clone them")
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields all modules but the model itself; what stands in two places comes twice."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            yield name, module
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:

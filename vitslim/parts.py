@@ -27,18 +27,28 @@ _RECORDS = {
     *("pretrained_cfg", "default_cfg", "pretrained_model_args", "feature_info"),
     *("plan", "mask_args", "grad_checkpointing", "distilled_training"),
     *("weight_init_mode", "fix_init"),
+    # The classifier itself says it.
+    "num_classes",
 }
+# What torch gives every module; more is what its class or its user has put there.
+_OF_ANY_MODULE = {*vars(nn.Module()), "training", "_is_full_backward_hook"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def refuse_what_is_no_data(model: nn.Module) -> None:
-    """Raises VitslimError where a model computes with code that no file of data can hold."""
+def refuse_what_is_no_data(model: nn.Module, ignore_hooks: bool = False) -> None:
+    """Raises VitslimError where a model computes with code that no file of data can hold.
+
+    Args:
+        model: Bare.
+        ignore_hooks: Whether hooks are no reason to refuse, as they only observe.
+    """
     for name, module in model.named_modules():
         place = name or f"this {plain_type(model).__name__}"
-        if any(not is_sharding(hook) for each in _HOOKS for hook in getattr(module, each).values()):
+        hooks = [hook for each in _HOOKS for hook in getattr(module, each).values()]
+        if not ignore_hooks and not all(map(is_sharding, hooks)):
             raise VitslimError(
-                f"{place} has forward or backward hooks, which a saved model cannot hold; remove "
-                "them first (handle.remove(), or prune.remove and the like)"
+                f"{place} has hooks, which a saved model cannot hold: remove them "
+                "(handle.remove()), or pass ignore_hooks=True if they change nothing"
             )
         for attribute, value in vars(module).items():
             if callable(value) and callable(getattr(type(module), attribute, None)):
@@ -129,7 +139,9 @@ def _whole(module: nn.Module, name: str) -> dict[str, Any]:
             "can be saved (merge an adapter, take off a parametrization, or save the state dict)"
         )
     settings = {}
-    for attribute, value in _settings(module).items():
+    for attribute, value in vars(module).items():
+        if attribute in _OF_ANY_MODULE:
+            continue
         settings[attribute] = plain(value)
         if settings[attribute] is NOT_PLAIN:
             raise VitslimError(

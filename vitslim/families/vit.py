@@ -98,15 +98,16 @@ class Vit(Family):
             "img_size": [height, width],
             "patch_size": list(model.patch_embed.patch_size),
             "in_chans": channels,
-            "num_classes": model.num_classes,
+            "num_classes": _num_classes(model),
             "global_pool": model.global_pool,
             "class_token": model.cls_token is not None,
             "pre_norm": not isinstance(model.norm_pre, nn.Identity),
             "embed_dim": model.embed_dim,
             "depth": len(sites),
         }
-        if sites:
-            args["num_heads"] = sites[0].block.attn.num_heads
+        heads = [getattr(getattr(site.block, "attn", None), "num_heads", None) for site in sites]
+        if any(heads):
+            args["num_heads"] = next(each for each in heads if each)
         return {"model": name, "args": plain_settings(args)}
 
     def grid_of(self, base: Mapping[str, Any]) -> tuple[int, int]:
@@ -137,3 +138,8 @@ class Vit(Family):
             state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], **sizes)
         raws = {name: each for name, each in state.items() if name.endswith(".tokens.raw")}
         return state | {name: resampled_raw(raw, grid, now) for name, raw in raws.items()}
+
+
+def _num_classes(model: VisionTransformer) -> int:
+    """Returns what the classifier gives, of which the model may not have been told."""
+    return int(getattr(model.head, "out_features", model.num_classes))

@@ -16,7 +16,6 @@ from ..plan import Plan
 from ..wrapped import copy_of, plain_type
 from .swap import cut, put_masks
 
-
 # The classes that were made, so that equal models are of one class.
 _MADE: dict[tuple[str, Any], Any] = {}
 
@@ -86,29 +85,33 @@ def slim_class(timm_class: Any) -> Any:
     return _made("Slim", timm_class, (SlimModel, _family(timm_class).slim_methods))
 
 
-def masked_from(model: nn.Module, masks: Mapping[str, Any]) -> Any:
-    """Returns a masked copy of a dense model.
+def masked_from(model: nn.Module, masks: Mapping[str, Any], keep: bool = True) -> Any:
+    """Returns a masked model made of a dense one.
 
     Args:
-        model: Dense; it stays as it is.
+        model: Dense.
         masks: Arguments of `vitslim.mask`.
+        keep: Whether the model stays as it is, and a copy is masked; else it is used up.
     """
-    masked = _body(masked_class(plain_type(model)), model)
+    masked = _body(masked_class(plain_type(model)), model, keep)
     masked.mask_args = put_masks(masked, **masks)
     return masked
 
 
-def slim_from(model: nn.Module, plan: Plan, fold: bool, exactly: bool = True) -> Any:
-    """Returns a slim copy of a dense or masked model.
+def slim_from(
+    model: nn.Module, plan: Plan, fold: bool, exactly: bool = True, keep: bool = True
+) -> Any:
+    """Returns a slim model made of a dense or masked one.
 
     Args:
-        model: It stays as it is.
+        model: Dense or masked.
         plan: As for `vitslim.slim`.
         fold: Likewise.
         exactly: As for `cut`.
+        keep: Whether the model stays as it is, and a copy is cut; else it is used up.
     """
     kind = model.timm_class if isinstance(model, MaskedModel) else plain_type(model)
-    small = _body(slim_class(kind), model)
+    small = _body(slim_class(kind), model, keep)
     vars(small).pop("mask_args", None)
     small.plan = plan
     cut(small, plan, fold, exactly)
@@ -121,10 +124,10 @@ def dense_class(model: nn.Module) -> type[nn.Module]:
     return model.timm_class if made else plain_type(model)  # type: ignore[union-attr]
 
 
-def _body(kind: Any, model: nn.Module) -> Any:
-    """Returns a model of another class with copies of all that a model has."""
+def _body(kind: Any, model: nn.Module, keep: bool) -> Any:
+    """Returns a model of another class with all that a model has, or copies of that."""
     other = kind.__new__(kind)
-    other.__dict__.update(vars(copy_of(model)))
+    other.__dict__.update(vars(copy_of(model) if keep else model))
     return other
 
 

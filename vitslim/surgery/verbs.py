@@ -18,7 +18,7 @@ from .classes import MaskedModel, SlimModel, masked_from, slim_from
 def mask(
     model: nn.Module,
     granularity: str = "head_dim",
-    kinds: Iterable[str] | None = None,
+    kinds: Iterable[str] | None = KINDS,
     token_start: str = "paper",
     skip: Iterable[str] = (),
     token_gate: str = "input",
@@ -32,8 +32,8 @@ def mask(
         model: ViT, DeiT, DeiT distilled, DeiT-III, with or without register tokens; bare, or
             wrapped by torch.compile, data parallelism, FSDP2 or a moving average.
         granularity: Of the attention masks: "head_dim", "uniform" or "head".
-        kinds: Which masks to learn, of "attention", "mlp" and "token"; all that make sense for
-            the model's family if None.
+        kinds: Which masks to learn, of "attention", "mlp" and "token"; None is all that make
+            sense for the model's family.
         token_start: "paper" starts token gates at tanh(3) = 0.995, "one" at exactly 1.
         skip: Names of parts to leave alone, with wildcards: "blocks.0", "blocks.*.mlp".
         token_gate: Where token gates act. "input", the paper's: a gate scales the normed input of

@@ -93,9 +93,9 @@ def retrain(
         "seconds": outcome.seconds,
     }
     if world.primary:
-        save(outcome.model, output)
+        save(outcome.model, output, ignore_hooks=True)
         if outcome.best_model is not None:
-            save(outcome.best_model, folder / "best")
+            save(outcome.best_model, folder / "best", ignore_hooks=True)
         place.finish(result)
     world.wait()
     return result

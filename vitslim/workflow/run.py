@@ -199,7 +199,7 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
             outcome = train(model, settings, stage, world, journal, after=watch)
         model, result = outcome.model, {"accuracy": outcome.accuracy, "seconds": outcome.seconds}
     if world.primary:
-        save(model, folder)
+        save(model, folder, ignore_hooks=True)
         stage.finish(result)
     world.wait()
     # As a run that goes on after this stage has it.

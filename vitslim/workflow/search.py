@@ -90,7 +90,7 @@ def search(
             after=watch,
         )
     if world.primary:
-        save(outcome.model, folder)
+        save(outcome.model, folder, ignore_hooks=True)
         Masks.of(outcome.model).save(folder / "masks.safetensors")
         stage.finish({"accuracy": outcome.accuracy, "seconds": outcome.seconds})
     world.wait()

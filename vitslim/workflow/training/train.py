@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ...description import describe
 from ...errors import VitslimError
 from ..data.batches import Data
 from ..options.settings import Settings
@@ -72,6 +73,8 @@ def train(
         Stopped: SIGTERM or SIGINT came; the update was finished and saved.
     """
     settings = settings.among(world.size)
+    # What cannot be saved at the end is refused before the first update.
+    describe(model, ignore_hooks=True)
     own = stochastic_depth(model)
     with cpu_threads(settings.threads):
         loop = Loop(model.to(world.device), settings, folder, world, journal, penalty, teacher)
