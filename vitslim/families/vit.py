@@ -69,8 +69,10 @@ class Vit(Family):
         return int(model.num_prefix_tokens)
 
     def input_shape(self, model: VisionTransformer) -> tuple[int, int, int]:
-        height, width = model.patch_embed.img_size
-        return int(model.patch_embed.proj.in_channels), int(height), int(width)
+        (height, width), proj = model.patch_embed.img_size, model.patch_embed.proj
+        # An adapter around the convolution has its weight alone.
+        channels = getattr(proj, "in_channels", None) or proj.weight.shape[1]
+        return int(channels), int(height), int(width)
 
     def ends(self, model: VisionTransformer) -> tuple[int, int]:
         fixed = counted_macs(model.patch_embed, 1, *self.input_shape(model))
