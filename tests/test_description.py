@@ -119,6 +119,8 @@ DESCRIBED = {
 @pytest.mark.parametrize("change", DESCRIBED)
 @torch.no_grad()
 def test_what_was_changed_is_saved(change, stage, tmp_path):
+    if change == "no positions" and timm.__version__ < "1.0.17":
+        pytest.skip("this timm forgets the class token where there are no positions")
     model = at(stage)
     torch.manual_seed(1)
     DESCRIBED[change](model)

@@ -178,6 +178,9 @@ def _changed(module: nn.Module, other: nn.Module, name: str) -> dict[str, Any]:
         for attribute, mine in module._parameters.items()
         if _shape(mine) != _shape(other._parameters.get(attribute))
     }
+    # timm sets a parameter to None before torch has heard of it.
+    there = [n for n, parameter in other._parameters.items() if parameter is not None]
+    shapes |= {n: None for n in there if vars(module).get(n, other) is None}
     buffers = {
         attribute: _buffer(module, attribute, mine)
         for attribute, mine in module._buffers.items()

@@ -107,6 +107,11 @@ class Vit(Family):
             "embed_dim": model.embed_dim,
             "depth": len(sites),
         }
+        if model.dynamic_img_size:
+            args["dynamic_img_size"] = True
+        normed = not isinstance(model.fc_norm, nn.Identity)
+        if normed != (model.global_pool in ("avg", "avgmax", "max")):
+            args["fc_norm"] = normed
         heads = [getattr(getattr(site.block, "attn", None), "num_heads", None) for site in sites]
         if any(heads):
             args["num_heads"] = next(each for each in heads if each)
