@@ -131,7 +131,7 @@ def test_layers_obey_a_forced_backend(backend, monkeypatch):
 def test_padded_form_equals_the_op(dims):
     slim = SlimAttention(12, dims, 0.3, qkv_bias=True, dtype=torch.float64)
     x = torch.randn(2, 9, 12, dtype=torch.float64)
-    layers = slim.qkv, slim.proj, slim.num_heads
+    layers = slim.qkv, slim.proj, slim.head_dims
     padded = padded_attention(x, *layers, padded_places(dims), 0.3)
     expected = slim.proj(ragged_attention(slim.qkv(x), dims, 0.3))
     torch.testing.assert_close(padded, expected)
@@ -147,7 +147,7 @@ def test_padded_form_of_heads_that_are_all_gone():
     slim = SlimAttention(12, (0, 0), 0.3)
     with use_backend("reference", "ragged_attention"):
         expected = slim(torch.randn(2, 9, 12))
-    layers = slim.qkv, slim.proj, slim.num_heads
+    layers = slim.qkv, slim.proj, slim.head_dims
     padded = padded_attention(torch.randn(2, 9, 12), *layers, padded_places((0, 0)), 0.3)
     torch.testing.assert_close(padded, expected)
 

@@ -4,18 +4,25 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..ops import ragged_attention
+from .carry import carry_over
+from .maps import attend, seen_by
 from .padded import padded_attention, padded_places
 from .path import fused
+from .plain import is_plain, like, why_not_cut
 
 GRANULARITIES = ("head_dim", "uniform", "head")
 
 
 def why_not_attention(module: nn.Module) -> str | None:
-    """Returns why an attention module can be neither masked nor cut, or None if it can."""
+    """Returns why an attention module can be neither masked nor cut, or None if it can.
+
+    To be cut its layers must be plain besides, see `why_not_cut_attention`.
+    """
     if type(module) is not Attention:
         return f"its attention is a {type(module).__name__}, not timm's Attention"
     for name, what in (("q_norm", "q"), ("k_norm", "k"), ("norm", "the output")):
@@ -24,6 +31,12 @@ def why_not_attention(module: nn.Module) -> str | None:
     if getattr(module, "gate", None) is not None:
         return "its attention output is gated"
     return None
+
+
+def why_not_cut_attention(module: nn.Module) -> str | None:
+    """Returns why the heads of an attention, timm's or a masked one, cannot lose dimensions."""
+    why = None if isinstance(module, MaskedAttention) else why_not_attention(module)
+    return why or why_not_cut({"qkv": module.qkv, "proj": module.proj})
 
 
 class MaskedAttention(nn.Module):
@@ -65,6 +78,7 @@ class MaskedAttention(nn.Module):
         self.head_dim = attn_head_dim or dim // num_heads
         self.attn_dim = num_heads * self.head_dim
         self.scale = self.head_dim**-0.5
+        self.fused_attn = use_fused_attn()
         self.granularity = granularity
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -76,20 +90,15 @@ class MaskedAttention(nn.Module):
 
     @classmethod
     def from_timm(cls, attn: Attention, granularity: str = "head_dim") -> "MaskedAttention":
-        """Takes over the parameters of timm's Attention; the mask starts at 1."""
-        weight = attn.qkv.weight
-        masked = cls(
-            weight.shape[1],
-            attn.num_heads,
-            weight.shape[0] // 3 // attn.num_heads,
-            granularity=granularity,
-            device="meta",
-        )
-        masked.scale = attn.scale
+        """Takes over the parts of timm's Attention, whatever they are; the mask starts at 1."""
+        heads, head_dim = attn.num_heads, attn.head_dim
+        masked = cls(heads * head_dim, heads, head_dim, granularity=granularity, device="meta")
+        masked.scale, masked.fused_attn = attn.scale, attn.fused_attn
         masked.qkv, masked.proj = attn.qkv, attn.proj
         masked.attn_drop, masked.proj_drop = attn.attn_drop, attn.proj_drop
-        masked.mask = nn.Parameter(weight.new_ones(masked.mask.shape))
-        return masked.train(attn.training)
+        masked.mask = nn.Parameter(like(attn).new_ones(masked.mask.shape))
+        masked.training = attn.training
+        return masked
 
     def expanded_mask(self) -> Tensor:
         """Returns the mask of every head and dimension, [num_heads, head_dim]."""
@@ -100,24 +109,26 @@ class MaskedAttention(nn.Module):
     ) -> Tensor:
         """Maps x [B, N, C] to [B, N, C]; attn_mask and is_causal are timm's."""
         batch, tokens, _ = x.shape
-        dropout_p = self.attn_drop.p if self.training else 0.0
+        maps = seen_by(self.fused_attn, self.attn_drop)
+        dropout_p = self.attn_drop.p if self.training and maps is None else 0.0
         mask = self.expanded_mask().flatten()  # [D]
-        special = attn_mask is not None or is_causal or dropout_p > 0
+        special = maps is not None or attn_mask is not None or is_causal or dropout_p > 0
         head_dims = [self.head_dim] * self.num_heads
         if not special and fused("MaskedAttention", x):
             out = ragged_attention(self.qkv(x), head_dims, self.scale, mask)
         else:
-            # q z = x (z W)^T + z b: the mask costs one product of the size of the weight.
             rows = mask.repeat(3)  # [3 D]
-            bias = None if self.qkv.bias is None else self.qkv.bias * rows
-            qkv = F.linear(x, self.qkv.weight * rows.unsqueeze(1), bias)
+            if is_plain(self.qkv):
+                # q z = x (z W)^T + z b: the mask costs one product of the size of the weight.
+                bias = None if self.qkv.bias is None else self.qkv.bias * rows
+                qkv = F.linear(x, self.qkv.weight * rows.unsqueeze(1), bias)
+            else:
+                qkv = self.qkv(x) * rows
             if not special and fused("dense attention", x):
                 out = ragged_attention(qkv, head_dims, self.scale)
             else:
                 q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-                out = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask, dropout_p, is_causal, scale=self.scale
-                )
+                out = attend(q, k, v, self.scale, maps, dropout_p, attn_mask, is_causal)
                 out = out.transpose(1, 2).reshape(batch, tokens, self.attn_dim)
         return self.proj_drop(self.proj(out))
 
@@ -155,6 +166,7 @@ class SlimAttention(nn.Module):
         self.num_heads = len(self.head_dims)
         self.attn_dim = sum(self.head_dims)
         self.scale = scale
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(self.attn_dim, dim, bias=proj_bias, device=device, dtype=dtype)
@@ -177,9 +189,9 @@ class SlimAttention(nn.Module):
             heads: For every head the dimensions kept.
             fold: Multiply what the mask learned into the weights; else it is forgotten.
         """
-        weight, bias = attn.qkv.weight.detach(), attn.qkv.bias
-        attn_dim = weight.shape[0] // 3
-        head_dim = attn_dim // attn.num_heads
+        qkv, proj = attn.qkv, attn.proj
+        weight, bias = qkv.weight.detach(), qkv.bias
+        attn_dim, head_dim = attn.num_heads * attn.head_dim, attn.head_dim
         keep = torch.tensor(
             [head * head_dim + dim for head, dims in enumerate(heads) for dim in dims],
             dtype=torch.long,
@@ -191,37 +203,51 @@ class SlimAttention(nn.Module):
             factor = attn.expanded_mask().detach().flatten().to(weight.dtype)
         factor = factor.repeat(3)[rows]
         slim = cls(weight.shape[1], [len(dims) for dims in heads], attn.scale, device="meta")
-        slim.qkv = linear(
-            weight[rows] * factor.unsqueeze(1),
-            None if bias is None else bias.detach()[rows] * factor,
-        )
-        slim.proj = linear(attn.proj.weight.detach()[:, keep], attn.proj.bias)
+        slim.fused_attn = attn.fused_attn
+        cut_bias = None if bias is None else bias.detach()[rows] * factor
+        slim.qkv = linear(weight[rows] * factor.unsqueeze(1), cut_bias, qkv)
+        slim.proj = linear(proj.weight.detach()[:, keep], proj.bias, proj)
         slim.attn_drop, slim.proj_drop = attn.attn_drop, attn.proj_drop
-        slim.rows, slim.columns = padded_places(slim.head_dims, weight.device)
-        return slim.train(attn.training)
+        slim.init_non_persistent_buffers()
+        slim.training = attn.training
+        return slim
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fills the buffers that no checkpoint holds, as timm asks of a module built on "meta"."""
+        self.rows, self.columns = padded_places(self.head_dims, like(self.qkv).device)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Maps x [B, N, C] to [B, N, C]; attn_mask and is_causal are timm's."""
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        special = attn_mask is not None or is_causal or dropout_p > 0
+        maps = seen_by(self.fused_attn, self.attn_drop)
+        dropout_p = self.attn_drop.p if self.training and maps is None else 0.0
+        special = maps is not None or attn_mask is not None or is_causal or dropout_p > 0
         if not special and fused("SlimAttention", x):
             out = self.proj(ragged_attention(self.qkv(x), self.head_dims, self.scale))
         else:
-            places, options = (self.rows, self.columns), (attn_mask, is_causal, dropout_p)
-            layers = self.qkv, self.proj, self.num_heads
-            out = padded_attention(x, *layers, places, self.scale, *options)
+            layers, places = (self.qkv, self.proj), (self.rows, self.columns)
+            how = {"maps": maps, "dropout_p": dropout_p}
+            given = {"attn_mask": attn_mask, "is_causal": is_causal}
+            out = padded_attention(x, *layers, self.head_dims, places, self.scale, **how, **given)
         return self.proj_drop(out)
 
     def extra_repr(self) -> str:
         return f"head_dims={self.head_dims}, scale={self.scale:.6g}"
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Returns a linear layer that owns copies of `weight` [out, in] and `bias` [out]."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.clone().contiguous())
+def linear(weight: Tensor, bias: Tensor | None, source: nn.Linear) -> nn.Linear:
+    """Returns a linear layer with copies of `weight` [out, in] and `bias` [out].
+
+    Args:
+        weight: What was cut from the source's.
+        bias: Likewise.
+        source: The layer that it is made of; its hooks, its mode and what is frozen go over.
+    """
+    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight.clone().contiguous(), source.weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
-    return layer
+        layer.bias = nn.Parameter(bias.detach().clone(), source.bias.requires_grad)
+    layer.training = source.training
+    return carry_over(source, layer)

@@ -19,7 +19,7 @@ class _Block(nn.Module):
         self.drop_path1 = block.drop_path1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
         self.drop_path2 = block.drop_path2
-        self.train(block.training)
+        self.training = block.training
 
     def _residuals(self, x: Tensor, gate: Tensor | None, options: dict[str, Any]) -> Tensor:
         gates = () if gate is None else (gate,)

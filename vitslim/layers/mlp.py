@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import masked_mlp
 from .attention import linear
 from .path import fused
+from .plain import features, is_hooked, is_plain, like, why_not_cut
 
 _FUSED_ACTIVATIONS: dict[type[nn.Module], str] = {
     GELU: "gelu",
@@ -21,14 +22,25 @@ _FUSED_ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 def why_not_mlp(module: nn.Module) -> str | None:
-    """Returns why an MLP can be neither masked nor cut, or None if it can."""
+    """Returns why an MLP can be neither masked nor cut, or None if it can.
+
+    To be cut its layers must be plain besides, see `why_not_cut_mlp`.
+    """
     if type(module) is not Mlp:
         return f"its MLP is a {type(module).__name__}, not timm's Mlp"
-    if not isinstance(module.fc1, nn.Linear):
+    if isinstance(module.fc1, nn.Conv2d):
         return "its MLP is made of convolutions"
+    if _hidden(module) is None:
+        return "neither its fc1 nor its fc2 says how many hidden units there are"
     if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
         return "its MLP normalises the hidden units, and cutting a unit changes that norm"
     return None
+
+
+def why_not_cut_mlp(module: nn.Module) -> str | None:
+    """Returns why an MLP, timm's or a masked one, cannot lose hidden units."""
+    why = None if isinstance(module, MaskedMlp) else why_not_mlp(module)
+    return why or why_not_cut({"fc1": module.fc1, "fc2": module.fc2})
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -62,16 +74,26 @@ class _TwoLayers(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        act = activation_name(self.act)
-        dropped = self.training and self.drop1.p > 0
-        if act is not None and not dropped and fused(type(self).__name__, x):
-            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            out = masked_mlp(x, *weights, mask, act)
-        else:
+        if fused(type(self).__name__, x):
+            act = self._activation_to_fuse()
+            if act is not None:
+                weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+                return self.drop2(masked_mlp(x, *weights, mask, act))
+        hidden = self.drop1(self.act(self.fc1(x)))
+        if mask is None:
+            return self.drop2(self.fc2(hidden))
+        if is_plain(self.fc2):
             # (h z) W^T = h (W z)^T: the mask costs one product of the size of the weight.
-            weight = self.fc2.weight if mask is None else self.fc2.weight * mask
-            out = F.linear(self.drop1(self.act(self.fc1(x))), weight, self.fc2.bias)
-        return self.drop2(out)
+            return self.drop2(F.linear(hidden, self.fc2.weight * mask, self.fc2.bias))
+        return self.drop2(self.fc2(hidden * mask))
+
+    def _activation_to_fuse(self) -> str | None:
+        """Returns the op's name of the activation, None where the op does not what the parts do."""
+        act, drop = self.act, self.drop1
+        idle = type(drop) is nn.Dropout and not (drop.training and drop.p > 0)
+        called = is_hooked(act) or is_hooked(drop)
+        plain = is_plain(self.fc1) and is_plain(self.fc2)
+        return activation_name(act) if idle and plain and not called else None
 
 
 class MaskedMlp(_TwoLayers):
@@ -98,12 +120,14 @@ class MaskedMlp(_TwoLayers):
 
     @classmethod
     def from_timm(cls, mlp: Mlp) -> "MaskedMlp":
-        """Takes over the parameters of timm's Mlp; the mask starts at 1."""
-        masked = cls(mlp.fc1.in_features, mlp.fc1.out_features, device="meta")
+        """Takes over the parts of timm's Mlp, whatever they are; the mask starts at 1."""
+        hidden = _hidden(mlp)
+        masked = cls(1, hidden, device="meta")
         masked.fc1, masked.act, masked.drop1 = mlp.fc1, mlp.act, mlp.drop1
         masked.fc2, masked.drop2 = mlp.fc2, mlp.drop2
-        masked.mask = nn.Parameter(mlp.fc1.weight.new_ones(mlp.fc1.out_features))
-        return masked.train(mlp.training)
+        masked.mask = nn.Parameter(like(mlp).new_ones(hidden))
+        masked.training = mlp.training
+        return masked
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [..., C] to [..., C_out]."""
@@ -127,13 +151,19 @@ class SlimMlp(_TwoLayers):
         out_weight = fc2.weight.detach()
         if fold and isinstance(mlp, MaskedMlp):
             out_weight = out_weight * mlp.mask.detach().to(out_weight.dtype)
-        slim = cls(fc1.in_features, fc1.out_features, device="meta")
+        slim = cls(1, 1, device="meta")
         fc1_bias = None if fc1.bias is None else fc1.bias.detach()[keep]
-        slim.fc1 = linear(fc1.weight.detach()[keep], fc1_bias)
-        slim.fc2 = linear(out_weight[:, keep], fc2.bias)
+        slim.fc1 = linear(fc1.weight.detach()[keep], fc1_bias, fc1)
+        slim.fc2 = linear(out_weight[:, keep], fc2.bias, fc2)
         slim.act, slim.drop1, slim.drop2 = mlp.act, mlp.drop1, mlp.drop2
-        return slim.train(mlp.training)
+        slim.training = mlp.training
+        return slim
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [..., C] to [..., C_out]."""
         return self._forward(x, None)
+
+
+def _hidden(mlp: nn.Module) -> int | None:
+    """Returns the hidden units of an MLP, as far as its layers say."""
+    return features(mlp.fc1, "out_features") or features(mlp.fc2, "in_features")

@@ -24,7 +24,8 @@ class GatedLayerNorm(nn.LayerNorm):
         """Takes over the parameters of a layer norm, timm's or torch's."""
         gated = cls(norm.normalized_shape, eps=norm.eps, device="meta")
         gated.weight, gated.bias = norm.weight, norm.bias
-        return gated.train(norm.training)
+        gated.training = norm.training
+        return gated
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Maps x [B, N, C] and gate [N] or None to [B, N, C]."""

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .maps import attend
+from .plain import is_plain
+
 # SDPA's kernels want widths of whole 16 bytes.
 _MULTIPLE = 8
 
@@ -42,40 +45,54 @@ def padded_places(
 
 def padded_attention(
     x: Tensor,
-    qkv: nn.Linear,
-    proj: nn.Linear,
-    heads: int,
+    qkv: nn.Module,
+    proj: nn.Module,
+    head_dims: Sequence[int],
     places: tuple[Tensor, Tensor],
     scale: float,
+    maps: nn.Module | None = None,
+    dropout_p: float = 0.0,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
-    dropout_p: float = 0.0,
 ) -> Tensor:
     """Projects, attends with every head padded to the widest, and projects back.
 
     Args:
         x: [B, N, C].
-        qkv: The projection to 3 D columns, as `ops.ragged_attention` takes them.
-        proj: The projection of D columns back.
-        heads: How many heads D is made of.
+        qkv: The projection to 3 D columns, as `ops.ragged_attention` takes them. One that is no
+            plain layer is called, and its output is padded instead of its weight.
+        proj: The projection of D columns back; likewise.
+        head_dims: The width of every head.
         places: As `padded_places` gives them.
         scale: Multiplies the scores.
+        maps: As `attend` takes it.
+        dropout_p: Likewise.
         attn_mask: As scaled_dot_product_attention takes it.
         is_causal: Likewise.
-        dropout_p: Likewise.
 
     Returns:
         [B, N, C].
     """
-    rows, columns = places
-    weight, bias, out_weight = qkv.weight, qkv.bias, proj.weight
-    if rows.numel() > 0:
-        weight = F.pad(weight, (0, 0, 0, 1)).index_select(0, rows)
-        bias = None if bias is None else F.pad(bias, (0, 1)).index_select(0, rows)
-        out_weight = F.pad(out_weight, (0, 1)).index_select(1, columns)
+    (rows, columns), heads = places, len(head_dims)
     batch, tokens, _ = x.shape
-    width = out_weight.shape[1] // heads
-    packed = F.linear(x, weight, bias).view(batch, tokens, 3, heads, width)
-    q, k, v = packed.permute(2, 0, 3, 1, 4)  # [B, H, N, width]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
-    return F.linear(out.transpose(1, 2).flatten(2), out_weight, proj.bias)
+    padded = rows.numel() > 0
+    folded = is_plain(qkv) and is_plain(proj)
+    if not folded:
+        packed = qkv(x)
+        packed = F.pad(packed, (0, 1)).index_select(2, rows) if padded else packed
+    elif padded:
+        bias = None if qkv.bias is None else F.pad(qkv.bias, (0, 1)).index_select(0, rows)
+        packed = F.linear(x, F.pad(qkv.weight, (0, 0, 0, 1)).index_select(0, rows), bias)
+    else:
+        packed = F.linear(x, qkv.weight, qkv.bias)
+    width = (len(columns) if padded else sum(head_dims)) // heads
+    q, k, v = packed.view(batch, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
+    out = attend(q, k, v, scale, maps, dropout_p, attn_mask, is_causal)  # [B, H, N, width]
+    if not folded:
+        ragged = [out[:, head, :, :dim] for head, dim in enumerate(head_dims)]
+        return proj(torch.cat(ragged, 2) if padded else out.transpose(1, 2).flatten(2))
+    out = out.transpose(1, 2).flatten(2)
+    if padded:
+        out_weight = F.pad(proj.weight, (0, 1)).index_select(1, columns)
+        return F.linear(out, out_weight, proj.bias)
+    return F.linear(out, proj.weight, proj.bias)

@@ -7,6 +7,7 @@ way only where a committed benchmark shows that it wins. This is the one place t
 import torch
 from timm.layers import is_exportable
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..ops import backend_of, is_forced
 
@@ -43,6 +44,9 @@ def fused(layer: str, x: Tensor) -> bool:
 
     It does where the backend that wins can run, or where the user forces a backend for the op.
     """
+    # While torch.fx traces there is no device to ask, and a graph of plain torch runs anywhere.
+    if isinstance(x, Proxy):
+        return False
     return _runs(layer, x.device.type, x.dtype) and not _exporting()
 
 

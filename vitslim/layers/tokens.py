@@ -46,9 +46,14 @@ class TokenGate(nn.Module):
         self.start, self.place = start, place
         raw = torch.full((num_patches,), RAW_START, device=device, dtype=dtype)
         self.raw = nn.Parameter(raw)
-        # The divisor goes through the same tanh, so that equal values give exactly 1.
-        unit = torch.tanh(raw.detach().new_tensor([RAW_START])) if start == "one" else None
-        self.register_buffer("unit", unit, persistent=False)
+        self.register_buffer("unit", None, persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fills the buffers that no checkpoint holds, as timm asks of a module built on "meta"."""
+        if self.start == "one":
+            # The divisor goes through the same tanh, so that equal values give exactly 1.
+            self.unit = torch.tanh(self.raw.detach().new_tensor([RAW_START]))
 
     def gate(self) -> Tensor:
         """Returns tanh(raw), [num_patches]: what is penalised and ranked."""
@@ -104,9 +109,13 @@ class TokenSelect(nn.Module):
         super().__init__()
         self.keep, self.arriving = list(keep), len(arriving)
         places = {patch: num_prefix_tokens + place for place, patch in enumerate(arriving)}
-        rows = [*range(num_prefix_tokens), *(places[patch] for patch in keep)]
-        self.register_buffer("rows", torch.tensor(rows, device=device), persistent=False)
-        self.register_buffer("gate", torch.ones(len(rows), device=device, dtype=dtype))
+        self._rows = [*range(num_prefix_tokens), *(places[patch] for patch in keep)]
+        self.register_buffer("rows", torch.tensor(self._rows, device=device), persistent=False)
+        self.register_buffer("gate", torch.ones(len(self._rows), device=device, dtype=dtype))
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fills the buffers that no checkpoint holds, as timm asks of a module built on "meta"."""
+        self.rows = torch.tensor(self._rows, device=self.gate.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [B, prefix + arriving, C] to [B, prefix + kept, C]."""

@@ -18,8 +18,9 @@ from ..layers import (
     TokenGate,
     TokenSelect,
 )
-from ..layers.attention import why_not_attention
-from ..layers.mlp import why_not_mlp
+from ..layers.attention import why_not_attention, why_not_cut_attention
+from ..layers.carry import carry_over
+from ..layers.mlp import why_not_cut_mlp, why_not_mlp
 from ..masks import KINDS, mask_parameters
 from ..plan import BlockPlan, Plan
 
@@ -139,9 +140,9 @@ def _masked(
 
 def _slim_attention(name: str, block: Any, keep: BlockPlan, fold: bool, exactly: bool) -> nn.Module:
     attn, heads = block.attn, keep.heads or []
-    if not isinstance(attn, MaskedAttention) and (no := why_not_attention(attn)):
+    if no := why_not_cut_attention(attn):
         raise VitslimError(f"the plan cuts the heads of {name}, but {no}")
-    head_dim = attn.qkv.out_features // 3 // attn.num_heads
+    head_dim = attn.head_dim
     if exactly or (len(heads) == attn.num_heads and _last(heads) <= head_dim):
         _check_fit(name, "heads", len(heads), attn.num_heads)
         _check_fit(name, "dimensions of a head", _last(heads), head_dim)
@@ -162,7 +163,7 @@ def _slim_attention(name: str, block: Any, keep: BlockPlan, fold: bool, exactly:
 
 def _slim_mlp(name: str, block: Any, keep: BlockPlan, fold: bool, exactly: bool) -> nn.Module:
     mlp, hidden = block.mlp, keep.hidden or []
-    if not isinstance(mlp, MaskedMlp) and (no := why_not_mlp(mlp)):
+    if no := why_not_cut_mlp(mlp):
         raise VitslimError(f"the plan cuts the MLP of {name}, but {no}")
     if exactly or _last([hidden]) <= mlp.fc1.out_features:
         _check_fit(name, "hidden units", _last([hidden]), mlp.fc1.out_features)
@@ -214,7 +215,3 @@ def _check_fit(name: str, what: str, asked: int, there: int) -> None:
 def _last(indices: list[list[int]]) -> int:
     """Returns how many units there must be for the largest index to exist."""
     return max((each[-1] + 1 for each in indices if each), default=0)
-
-
-def carry_over(old, new):
-    return new
