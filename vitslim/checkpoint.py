@@ -51,7 +51,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, ignore_hooks: bool
         VitslimError: A part cannot be described, such as an adapter or a hook. Nothing is written.
     """
     model, folder = bare(model), Path(folder)
-    model = getattr(model, "source", model)  # of a packed model
+    if isinstance(getattr(model, "source", None), nn.Module):
+        model.state_dict()  # of a packed model, which says so where it has forgotten its source's
+        model = model.source
     told = describe(model, ignore_hooks)
     weights = serialize(_state(model), metadata={"format": "pt"})
     config = _config(model, told)

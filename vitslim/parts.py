@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from .errors import VitslimError
 from .families.plain import NOT_PLAIN, plain
@@ -45,6 +46,11 @@ def refuse_what_is_no_data(model: nn.Module, ignore_hooks: bool = False) -> None
     for name, module in model.named_modules():
         place = name or f"this {plain_type(model).__name__}"
         hooks = [hook for each in _HOOKS for hook in getattr(module, each).values()]
+        if any(isinstance(hook, BasePruningMethod) for hook in hooks):
+            raise VitslimError(
+                f"{place} is pruned in a hook, which a config cannot describe; make it permanent "
+                "with torch.nn.utils.prune.remove"
+            )
         if not ignore_hooks and not all(map(is_sharding, hooks)):
             raise VitslimError(
                 f"{place} has hooks, which a saved model cannot hold: remove them "

@@ -112,7 +112,9 @@ class MaskedAttention(nn.Module):
         maps = seen_by(self.fused_attn, self.attn_drop)
         dropout_p = self.attn_drop.p if self.training and maps is None else 0.0
         mask = self.expanded_mask().flatten()  # [D]
-        special = maps is not None or attn_mask is not None or is_causal or dropout_p > 0
+        special = (
+            maps is not None or attn_mask is not None or is_causal is not False or dropout_p > 0
+        )
         head_dims = [self.head_dim] * self.num_heads
         if not special and fused("MaskedAttention", x):
             out = ragged_attention(self.qkv(x), head_dims, self.scale, mask)
@@ -222,14 +224,24 @@ class SlimAttention(nn.Module):
         """Maps x [B, N, C] to [B, N, C]; attn_mask and is_causal are timm's."""
         maps = seen_by(self.fused_attn, self.attn_drop)
         dropout_p = self.attn_drop.p if self.training and maps is None else 0.0
-        special = maps is not None or attn_mask is not None or is_causal or dropout_p > 0
+        special = (
+            maps is not None or attn_mask is not None or is_causal is not False or dropout_p > 0
+        )
         if not special and fused("SlimAttention", x):
             out = self.proj(ragged_attention(self.qkv(x), self.head_dims, self.scale))
         else:
-            layers, places = (self.qkv, self.proj), (self.rows, self.columns)
-            how = {"maps": maps, "dropout_p": dropout_p}
-            given = {"attn_mask": attn_mask, "is_causal": is_causal}
-            out = padded_attention(x, *layers, self.head_dims, places, self.scale, **how, **given)
+            out = padded_attention(
+                x,
+                self.qkv,
+                self.proj,
+                self.head_dims,
+                (self.rows, self.columns),
+                self.scale,
+                maps,
+                dropout_p,
+                attn_mask,
+                is_causal,
+            )
         return self.proj_drop(out)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.fx
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -72,14 +73,22 @@ class SlimBlock(_Block):
         """Maps x [B, N, C] to [B, kept N, C]."""
         gate = None
         if self.tokens is not None:
-            if attn_mask is not None:
-                raise VitslimError(
-                    "attn_mask speaks of tokens that this slim model has dropped; call it without"
-                )
-            x, gate = self.tokens(x), self.tokens.gate
+            x, gate = self.tokens(_without_mask(x, attn_mask)), self.tokens.gate
+            attn_mask = None
         return self._residuals(x, gate, {"attn_mask": attn_mask, "is_causal": is_causal})
 
 
+# Calls in a graph of torch.fx, for which timm's arguments without a value are unknown.
+@torch.fx.wrap
+def _without_mask(x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    if attn_mask is not None:
+        raise VitslimError(
+            "attn_mask speaks of tokens that this slim model has dropped; call it without"
+        )
+    return x
+
+
+@torch.fx.wrap
 def _with_bias(bias: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Returns an attn_mask [..., N, N] that adds bias [N] to the scores of every key."""
     square = bias.expand(len(bias), -1)

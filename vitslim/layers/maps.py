@@ -1,6 +1,7 @@
 """Attention of equal heads in ATen operators: fused, or with maps for whoever looks at them."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,13 +46,20 @@ def attend(
     if maps is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
     attn = (q * scale) @ k.transpose(-2, -1)
-    if is_causal:
-        tokens = attn.shape[-1]
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=attn.device).triu(1)
-        attn = attn.masked_fill(later, -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn = attn.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        attn = attn + attn_mask
+    attn = _with_mask(attn, attn_mask, is_causal)
     attn = maps(attn.softmax(dim=-1))
     return attn @ v
+
+
+# A call in a graph of torch.fx, for which timm's arguments without a value are unknown.
+@torch.fx.wrap
+def _with_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    if is_causal:
+        tokens = scores.shape[-1]
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -torch.inf)
+    return scores + attn_mask
