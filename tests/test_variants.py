@@ -196,3 +196,18 @@ def test_the_last_blocks_can_be_taken_off(tmp_path):
     again, x = vitslim.load(tmp_path).eval(), images(slim)
     assert torch.equal(again.forward_features(x), slim.forward_features(x))
     assert vitslim.cost(slim) == vitslim.cost(again)
+
+
+def test_timms_own_ways_to_save_know_what_the_models_are(tmp_path):
+    hub = pytest.importorskip("timm.models._hub")
+    if timm.__version__ < "1.0.27":
+        pytest.skip("this timm does not record how a model was made")
+    for stage, model in zip(("masked", "slim"), both(), strict=True):
+        model.reset_classifier(5)
+        hub.save_for_hf(model, tmp_path / stage, safe_serialization=True)
+        again, x = (
+            timm.create_model(f"local-dir:{tmp_path / stage}", pretrained=True),
+            images(model),
+        )
+        assert type(again) is type(model)
+        assert torch.equal(again.eval()(x), model(x))

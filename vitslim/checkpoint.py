@@ -23,9 +23,9 @@ from .families import family_of
 from .families.plain import plain_settings
 from .files import atomic_write
 from .model_card import write_model_card
+from .surgery.classes import ARCHITECTURE
 from .wrapped import bare, is_sharded, whole
 
-ARCHITECTURE = "vitslim_vit"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
@@ -113,25 +113,16 @@ def vitslim_vit(pretrained: bool = False, **kwargs: Any) -> Any:
         lambda **given: build(told, **given),
         ARCHITECTURE,
         pretrained,
-        # So that the model is described by timm's name for it when it is saved again.
-        pretrained_cfg_overlay={**overlay, "architecture": base["model"]},
+        pretrained_cfg_overlay={**overlay, "architecture": ARCHITECTURE},
         pretrained_filter_fn=_resampled(base),
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
-    inner = getattr(model, "model", model)  # of a feature extractor
-    inner._model_args = {**base["args"], **_told_anew(kwargs)}
     return model
 
 
 # What a description tells, see `description`.
 _DESCRIPTION = ("base", "plan", "masks", "parts", "tied", "dtypes")
-# Of the arguments of timm.create_model, those that say how a model is wrapped or found.
-_OF_THE_CALL = ("features_only", "out_indices", "feature_cls", "pretrained_cfg", "cache_dir")
-
-
-def _told_anew(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in _OF_THE_CALL}
 
 
 def _resampled(base: Mapping[str, Any]) -> Any:

@@ -89,12 +89,15 @@ class Vit(Family):
         return fixed, per_token
 
     def describe(self, model: VisionTransformer) -> dict[str, Any]:
+        recorded = getattr(model, "_model_args", {})
         config = getattr(model, "pretrained_cfg", None) or {}
-        name = config.get("architecture") or type(model).__name__
+        # Masked and slim models are recorded as a dense one and what was made of it.
+        base = recorded.get("base") or {"model": config.get("architecture"), "args": {}}
+        name = base["model"] or type(model).__name__
         channels, height, width = self.input_shape(model)
         sites = self.sites(model)
         known = inspect.signature(VisionTransformer).parameters
-        args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k in known}
+        args = {k: v for k, v in {**base["args"], **recorded}.items() if k in known}
         # What a user may have changed after creation, and what an older timm does not record.
         args |= {
             "img_size": [height, width],

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from ..families import FAMILIES, Family
+from ..families import FAMILIES, Family, family_of
 from ..masks import mask_parameters
 from ..plan import Plan
 from ..wrapped import copy_of, plain_type
 from .swap import cut, put_masks
 
+# The name under which timm builds masked and slim models, see `checkpoint`.
+ARCHITECTURE = "vitslim_vit"
 # The classes that were made, so that equal models are of one class.
 _MADE: dict[tuple[str, Any], Any] = {}
 
@@ -93,9 +95,10 @@ def masked_from(model: nn.Module, masks: Mapping[str, Any], keep: bool = True) -
         masks: Arguments of `vitslim.mask`.
         keep: Whether the model stays as it is, and a copy is masked; else it is used up.
     """
+    base = family_of(model).describe(model)
     masked = _body(masked_class(plain_type(model)), model, keep)
     masked.mask_args = put_masks(masked, **masks)
-    return masked
+    return _recorded(masked, {"base": base, "masks": masked.mask_args})
 
 
 def slim_from(
@@ -111,11 +114,12 @@ def slim_from(
         keep: Whether the model stays as it is, and a copy is cut; else it is used up.
     """
     kind = model.timm_class if isinstance(model, MaskedModel) else plain_type(model)
+    base = family_of(model).describe(model)
     small = _body(slim_class(kind), model, keep)
     vars(small).pop("mask_args", None)
     small.plan = plan
     cut(small, plan, fold, exactly)
-    return small
+    return _recorded(small, {"base": base, "plan": plan.to_dict()})
 
 
 def dense_class(model: nn.Module) -> type[nn.Module]:
@@ -129,6 +133,15 @@ def _body(kind: Any, model: nn.Module, keep: bool) -> Any:
     other = kind.__new__(kind)
     other.__dict__.update(vars(copy_of(model) if keep else model))
     return other
+
+
+def _recorded(model: Any, args: dict[str, Any]) -> Any:
+    """Tells timm how to build a model again, as timm's own ways to save one ask."""
+    model._model_args = args
+    if getattr(model, "pretrained_cfg", None):
+        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": ARCHITECTURE}
+        model.default_cfg = model.pretrained_cfg
+    return model
 
 
 def _made(prefix: str, timm_class: type[nn.Module], before: tuple[type, ...]) -> Any:
