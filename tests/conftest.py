@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# Tiny work on several threads is waiting, twenty times as long where others want the processor.
+# What threads do is tested where their number is set.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
