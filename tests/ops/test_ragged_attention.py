@@ -34,16 +34,14 @@ def make(batch, tokens, head_dims, dtype=torch.float32, device="cpu", masked=Tru
 def for_interpreter(shape, dtype):
     """Returns a shape that takes Triton's interpreter the same ways in a tenth of the time.
 
-    Every head is a program of its own: three have tiles of the same two widths as six. Keys come in
-    chunks of 64 in float32 and 256 in half precision, in blocks that divide 64: more than one chunk
-    and the same rest are left.
+    Every head is a program of its own: three have tiles of the same two widths as six. Blocks have
+    at most 64 queries or keys in float32 and 128 in half precision, which has another kernel for
+    more than 256 tokens: one whole block or more, that kernel and the same rest are left.
     """
     batch, tokens, head_dims = shape
-    chunk = 64 if dtype == torch.float32 else 256
-    if tokens > chunk:
-        tokens = chunk + (tokens % 64 or 64)
-    elif tokens > 128:
-        tokens = 128 + (tokens % 64 or 64)
+    whole = 64 if dtype == torch.float32 else 256 if tokens > 256 else 128
+    if tokens > whole:
+        tokens = whole + (tokens % 64 or 64)
     return batch, tokens, head_dims[:3]
 
 
