@@ -1,5 +1,6 @@
-# make run    set up if needed, then the main job: search, cut and retrain a ViT on real images
-# make test   set up if needed, then the tests
+# make run       set up if needed, then the main job: search, cut and retrain a ViT on real images
+# make test      set up if needed, then the tests, but for the slow ones: minutes on two cores
+# make test-all  the same, then the slow ones: sanitizers, every kernel compiled for GPUs, kills
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -14,15 +15,24 @@ GPUS = TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 CXX_FILES = $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: run test test-oldest-timm bench bench-cpu lint format aot ptxas gpu asan fuzz tsan soak clean
+.PHONY: run test test-all test-oldest-timm bench bench-cpu lint format aot ptxas gpu asan fuzz tsan soak clean
 .PHONY: ablation gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
 
 run: $(VENV)/.built
 	$(PY) -m vitslim run --data digits --budget macs=60% --output $(OUTPUT) --resume
 	@echo "report: $(OUTPUT)/report/index.html"
 
+# How many processes share the tests' files, each with one thread; 0 for none but pytest itself.
+JOBS ?= auto
+# A process may take 2 GB, so no more than some.
+PYTEST = $(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+  -p no:benchmark
+
 test: $(VENV)/.built
-	$(PY) -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
 
 bench: $(VENV)/.built
 	$(PY) -m pytest benchmarks -c benchmarks/pytest.ini -s -k "not cuda and not vit_encoder"
@@ -60,7 +70,8 @@ aot: $(VENV)/.built
 ptxas: $(VENV)/.installed
 	$(PY) tests/ptxas.py
 
-# The suite of a machine with a GPU and its own torch, in steps of a few minutes each.
+# The suite of a machine with a GPU and its own torch, in steps of a few minutes each; without -m
+# pytest chooses slow tests too.
 # -P keeps the source tree, which holds no compiled module, off the path.
 GPU_PY ?= python3 -P
 # Most of the tests' time is compiling: with pytest-xdist, GPU_TEST="-n 8" shares it out.
@@ -132,7 +143,7 @@ soak:
 OLDEST_TIMM := 1.0.16
 test-oldest-timm: $(VENV)/.built
 	$(PY) -m pip install -q --no-deps --target build/timm-$(OLDEST_TIMM) --upgrade timm==$(OLDEST_TIMM)
-	PYTHONPATH=build/timm-$(OLDEST_TIMM) $(PY) -m pytest -q \
+	PYTHONPATH=build/timm-$(OLDEST_TIMM) $(PYTEST) -q \
 	  tests/layers tests/packed tests/test_surgery.py tests/test_checkpoint.py tests/test_cost.py
 
 clean:

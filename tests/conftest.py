@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# Tiny work on several threads is waiting, twenty times as long where others want the processor.
+# What threads do is tested where their number is set.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -16,8 +20,23 @@ from vitslim.ops import use_backend, why_not
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Those that take longest begin, so that processes that share the files end together.
+LONGEST = (
+    "test_ragged_attention.py",
+    "test_emulated.py",
+    "test_ptxas.py",
+    "test_stress.py",
+    "test_aot.py",
+    "test_benchmarks.py",
+    "test_distributed.py",
+)
 BACKENDS = ("native", "reference", "triton")
 DEVICES = ("cpu", "cuda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

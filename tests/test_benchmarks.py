@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -20,15 +21,23 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "benchmarks").glob("bench_*.py"))
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+# Kernels for GPUs, interpreted, are slow.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.slow)]
+on_the_cpu = pytest.mark.parametrize("smoke", ["cpu"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def smoke(request, tmp_path_factory):
     """What a smoke run printed, and its benchmarks as pytest-benchmark wrote them."""
+    chosen = ["-k", "cuda" if request.param == "cuda" else "not cuda"]
     path = tmp_path_factory.mktemp("benchmarks") / "smoke.json"
     before = sorted((ROOT / "benchmarks/results").glob("*"))
     command = [sys.executable, "-m", "pytest", "benchmarks", "-c", "benchmarks/pytest.ini"]
     done = subprocess.run(
-        [*command, "--smoke", "-q", "-p", "no:cacheprovider", f"--benchmark-json={path}"],
+        [*command, *chosen, "--smoke", "-q", "-p", "no:cacheprovider", f"--benchmark-json={path}"],
         cwd=ROOT,
+        # pytest-benchmark measures nothing where it takes itself for one of pytest-xdist's workers.
+        env={name: value for name, value in os.environ.items() if "XDIST" not in name},
         capture_output=True,
         text=True,
         check=False,
@@ -43,7 +52,16 @@ def test_nothing_is_skipped(smoke):
     assert "skipped" not in last and "failed" not in last
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("smoke", "path"),
+    [
+        pytest.param("cuda", path, id=path.stem, marks=pytest.mark.slow)
+        if path.stem.endswith("_cuda")
+        else pytest.param("cpu", path, id=path.stem)
+        for path in FILES
+    ],
+    indirect=["smoke"],
+)
 def test_every_function_compares(smoke, path):
     names = {
         node.name
@@ -79,6 +97,7 @@ def run(script, path):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+@on_the_cpu
 def test_tables_hold_every_ratio_of_the_packed_encoder(smoke, results):
     printed = run("tables.py", results)
     assert printed == results.with_name("machine-vit_encoder.md").read_text()
@@ -95,6 +114,7 @@ def test_tables_hold_every_ratio_of_the_packed_encoder(smoke, results):
         assert all(f"{entry['name'][12:]}: {aim['aim']}" in printed for aim in missed)
 
 
+@on_the_cpu
 def test_plots_are_drawn_and_small(results):
     run("plots.py", results)
     drawn = sorted(results.parent.glob("*.png"))
@@ -142,6 +162,7 @@ def test_a_runtime_that_is_not_installed_is_absent_with_the_reason(monkeypatch, 
         assert isinstance(each, Absent) and "not installed" in each.reason
 
 
+@on_the_cpu
 def test_ratios_and_aims_are_printed(smoke):
     printed = smoke[0]
     assert "<- baseline" in printed

@@ -20,6 +20,7 @@ def program() -> Path:
     return FOLDER / "bfloat16_products"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["avx512-bf16", "amx-bf16", "amx-emulated", "amx-portable"])
 def test_products_have_the_numerics_of_the_instruction(program: Path, kernel: str) -> None:
     done = compiler.run([program, kernel, "300", "1"])

@@ -1,8 +1,9 @@
-"""The CUDA kernels on the CPU: every case as it is, and the small ones under sanitizers.
+"""The CUDA kernels on the CPU: all cases plain and under AddressSanitizer, small ones for races.
 
-tests/native/emulated runs each CUDA thread as a thread of the operating system and every
-instruction of csrc/cuda/ptx.cuh by its documented meaning, more strictly than a GPU would. It
-compares with references in double that are written from the headers' words.
+tests/native/emulated runs the CUDA threads of a block in turns, or for ThreadSanitizer as threads
+of the operating system, and every instruction of csrc/cuda/ptx.cuh by its documented meaning, more
+strictly than a GPU would. It compares with references in double that are written from the headers'
+words. Sanitizers take long to compile and are slow.
 """
 
 import re
@@ -12,25 +13,24 @@ import pytest
 
 FOLDER = compiler.NATIVE / "emulated"
 SANITIZERS = {"plain": None, "address": "address,undefined", "thread": "thread"}
-
-
-@pytest.fixture(scope="module")
-def built() -> None:
-    """Builds all that can run here, at once."""
-    kinds = [kind for kind, sanitizers in SANITIZERS.items() if not compiler.why_not(sanitizers)]
-    compiler.make(FOLDER, *kinds)
+slow = pytest.mark.slow
 
 
 @pytest.fixture
-def program(request: pytest.FixtureRequest, kind: str) -> str:
+def program(kind: str) -> str:
     if reason := compiler.why_not(SANITIZERS[kind]):
         pytest.skip(reason)
-    request.getfixturevalue("built")
+    compiler.make(FOLDER, kind)
     return str(compiler.BUILD / "emulated" / kind / "emulated")
 
 
 @pytest.mark.parametrize(
-    ("kind", "cases"), [("plain", ""), ("address", "small"), ("thread", "small")]
+    ("kind", "cases"),
+    [
+        ("plain", ""),
+        pytest.param("address", "", marks=slow),
+        pytest.param("thread", "small", marks=slow),
+    ],
 )
 def test_kernels_keep_the_error_budget(program: str, cases: str) -> None:
     done = compiler.run([program, *cases.split()])
@@ -47,12 +47,15 @@ def test_a_name_without_cases_is_no_success(program: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "fault", "said"),
     [
-        *((kind, "none", "right numbers") for kind in SANITIZERS),
+        ("plain", "none", "right numbers"),
         ("plain", "early", "wrong numbers"),
+        ("plain", "race", "wrong numbers"),
         ("plain", "lost", "a thread left the kernel while others of it wait at a barrier"),
-        ("address", "overrun", "heap-buffer-overflow"),
-        ("address", "shared", "heap-buffer-overflow"),
-        ("thread", "race", "data race"),
+        pytest.param("address", "none", "right numbers", marks=slow),
+        pytest.param("address", "overrun", "heap-buffer-overflow", marks=slow),
+        pytest.param("address", "shared", "heap-buffer-overflow", marks=slow),
+        pytest.param("thread", "none", "right numbers", marks=slow),
+        pytest.param("thread", "race", "data race", marks=slow),
     ],
 )
 def test_a_planted_fault_is_seen(program: str, fault: str, said: str) -> None:

@@ -10,27 +10,22 @@ import pytest
 SANITIZERS = {"quick": "address,undefined", "thread": "thread", "plain": None}
 
 
-@pytest.fixture(scope="module")
-def built() -> None:
-    """Builds all that can run here, at once."""
-    kinds = [kind for kind, sanitizers in SANITIZERS.items() if not compiler.why_not(sanitizers)]
-    compiler.make(compiler.NATIVE, *kinds)
-
-
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
-        ("quick", "fuzz 100 1"),
-        ("quick", "broken 1000 1"),
-        ("thread", "threads 4 1"),
-        ("plain", "fuzz 300 1000"),
-        ("plain", "soak 20000 1"),
+        pytest.param("quick", "fuzz 100 1", marks=pytest.mark.slow),
+        pytest.param("quick", "broken 1000 1", marks=pytest.mark.slow),
+        pytest.param("thread", "threads 4 1", marks=pytest.mark.slow),
+        pytest.param("plain", "fuzz 300 1000", marks=pytest.mark.slow),
+        ("plain", "fuzz 50 2000"),
+        ("plain", "soak 2000 1"),
+        pytest.param("plain", "soak 20000 1", marks=pytest.mark.slow),
     ],
 )
-def test_stress(kind: str, case: str, request: pytest.FixtureRequest) -> None:
+def test_stress(kind: str, case: str) -> None:
     if reason := compiler.why_not(SANITIZERS[kind]):
         pytest.skip(reason)
-    request.getfixturevalue("built")
+    compiler.make(compiler.NATIVE, kind)
     done = compiler.run([compiler.BUILD / "stress" / kind / "stress", *case.split()])
     assert done.returncode == 0, f"{done.stdout}{done.stderr[-8000:]}"
     assert done.stdout.startswith(case.split()[0])

@@ -1,7 +1,7 @@
 """The Triton kernels' machine code, compiled here for GPUs that need not be here.
 
-A selection: DeiT-S in float32 and bfloat16, on GPUs of compute capability 8.0 and 9.0. `make aot`
-shows all.
+A selection: DeiT-S in float32 and bfloat16, on GPUs of compute capability 8.0 and 9.0, which is
+slow; one launch of each kernel on 9.0 is always compiled. `make aot` shows all.
 """
 
 import json
@@ -27,9 +27,9 @@ def run(script, *args):
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return run("aot.py", "--json")
+@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
+def rows(request):
+    return run("aot.py", "--json", *(["--some"] if request.param == "some" else []))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_every_kernel_is_compiled(rows):
     defined = set()
     for path in KERNELS.glob("*.py"):
         defined |= set(re.findall(r"^def _(\w+)_kernel\(", path.read_text(), re.MULTILINE))
-    for gpu in ("sm80", "sm90"):
+    for gpu in ("sm80", "sm90") if "sm80" in {row["gpu"] for row in rows} else ("sm90",):
         assert {row["kernel"] for row in rows if row["gpu"] == gpu} == defined
 
 

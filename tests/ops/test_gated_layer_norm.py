@@ -71,7 +71,9 @@ def test_opcheck(gated, forced, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_backends_keep_the_error_budget(shape, dtype, gated, forced, device):
-    forced(OP, dtype)
+    if forced(OP, dtype) == "triton" and device == "cpu":
+        # In the interpreter rows take long; a tile has no more than 16 of them.
+        shape = (shape[0], min(shape[1], 21), shape[2])
     inputs, grad = make(*shape, dtype, device, gated)
     wide = [None if each is None else each.double() for each in inputs]
     exact = gradients(eager, wide, grad.double())

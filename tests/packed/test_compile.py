@@ -51,6 +51,7 @@ def test_exports_and_loads_again(strict):
     torch.testing.assert_close(loaded(x[:1]), packed(x[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_aot_inductor_packages_it(tmp_path):
     model = slimmed("DeiT", depth=2)

@@ -44,6 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_bit_for_bit_the_same(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     script = Path(__file__).parent / "training/kill_run.py"

@@ -9,7 +9,7 @@
 namespace emulated {
 
 struct Case {
-  std::string name;           // "small ..." where sanitizers, ten times slower, run it too
+  std::string name;           // "small ..." where ThreadSanitizer, far slower, runs it too
   std::function<void()> run;  // throws where the kernel is wrong
 };
 

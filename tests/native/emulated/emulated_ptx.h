@@ -1,5 +1,5 @@
-// Runs CUDA kernels on a CPU: a thread of the operating system for every CUDA thread, one block
-// after the other, and every instruction of csrc/cuda/ptx.cuh by its documented meaning.
+// Runs CUDA kernels on a CPU: all threads of a block (threads.h), one block after the other, and
+// every instruction of csrc/cuda/ptx.cuh by its documented meaning.
 //
 // It is stricter than a GPU. Shared memory has exactly the size that was asked for and starts as
 // NaN; asynchronous copies arrive when they are waited for and not before; products are exact and
@@ -11,16 +11,15 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "threads.h"
 
 #define __device__
 #define __host__
@@ -85,8 +84,8 @@ class Meeting {
     std::abort();
   }
 
-  std::mutex mutex_;
-  std::condition_variable all_here_;
+  Mutex mutex_;
+  Condition all_here_;
   const int threads_;
   int here_ = 0, gone_ = 0;
   int64_t phase_ = 0;
@@ -112,7 +111,6 @@ struct Thread {
   unsigned char* shared_memory;
   std::vector<std::vector<Copy>> copies{1};  // groups of them, the last one still open
 };
-inline thread_local Thread* self = nullptr;
 
 // An instruction that all lanes of a warp carry out together, each with its own arguments.
 template <typename Work, typename... Arguments>
@@ -140,17 +138,14 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, si
         static_cast<unsigned char*>(std::aligned_alloc(128, std::max<size_t>(size, 128))),
         &std::free);
     std::memset(memory.get(), 0xff, std::max<size_t>(size, 128));
-    std::vector<std::thread> running;
-    for (unsigned i = 0; i < threads; ++i)
-      running.emplace_back([&, i] {
-        Thread here{{i},  {block},     {threads}, {blocks}, int(i % 32), warps[i / 32].get(),
-                    &all, memory.get()};
-        self = &here;
-        kernel(Parameters(arguments)...);
-        here.warp->meeting.leave();
-        all.leave();
-      });
-    for (std::thread& each : running) each.join();
+    run_threads(threads, [&](unsigned i) {
+      Thread here{{i},  {block},     {threads}, {blocks}, int(i % 32), warps[i / 32].get(),
+                  &all, memory.get()};
+      self = &here;
+      kernel(Parameters(arguments)...);
+      here.warp->meeting.leave();
+      all.leave();
+    });
   }
 }
 

@@ -137,12 +137,14 @@ def trouble(shared: Path, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "averaged"])
 def test_torchrun_starts_again_where_a_process_died(shared: Path, trouble: Path, name: str) -> None:
     assert "search: going on after epoch 1" in (trouble / f"{name}.log").read_text()
     assert difference(shared / name, trouble / name) < 1e-6
 
 
+@pytest.mark.slow
 def test_what_two_processes_began_one_can_end(shared: Path, trouble: Path) -> None:
     """The checkpoint of two is gone on with by one, as an elastic restart may have to."""
     assert "going on after epoch" in (trouble / "fewer.log").read_text()
