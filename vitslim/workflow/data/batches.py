@@ -1,6 +1,7 @@
 """Batches of images for training and evaluation, on the device."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, Protocol
@@ -14,13 +15,16 @@ from ...errors import VitslimError
 from ..latency import input_shape
 from ..options.settings import Settings
 from ..training.world import World
-from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
+from .datasets import DIGITS_MEAN, DIGITS_STD, Datasets, open_datasets
 from .images import Shard, reason, told
 from .loading import Loader, Ordered, Streamed, around, within
+from .passed import sentence
 from .posterize import allow_no_bits
 from .sampling import untouched_random
 from .streams import Stream, is_stream
 from .synthetic import IMAGENET_TRAIN, IMAGENET_VAL, Synthetic
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -98,7 +102,10 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
             "--model-kwargs in_chans=3."
         )
     opened = open_datasets(settings, "L" if shape[0] == 1 else "RGB", world)
-    _check_classes(settings, model, opened.num_classes)
+    _check_classes(settings, model, opened)
+    if world.primary:
+        for note in opened.notes:
+            logger.warning("%s.", note)
     config = resolve_data_config({"input_size": shape}, model=model)
     config["mean"], config["std"] = image_statistics(model, settings, shape[0])
     train = _training(opened.train, settings, config, world)
@@ -226,16 +233,18 @@ def _check_size(settings: Settings, images: int, world: World) -> None:
         )
 
 
-def _check_classes(settings: Settings, model: nn.Module, num_classes: int) -> None:
+def _check_classes(settings: Settings, model: nn.Module, opened: Datasets) -> None:
+    num_classes = opened.num_classes
     if num_classes == 1:
-        raise VitslimError(f"{settings.data} has one class alone, of which nothing can be learned.")
+        alone = f"{settings.data} has one class alone, of which nothing can be learned."
+        raise VitslimError(sentence(opened.notes, alone))
     if getattr(model, "global_pool", None) == "":
         raise VitslimError(
             "The model gives tokens and no classes: make it with --model-kwargs global_pool=avg."
         )
     heads = getattr(model, "num_classes", num_classes)
     if num_classes and heads != num_classes:
+        wrong = f"{settings.data} has {num_classes} classes and the model has {heads}: make the "
         raise VitslimError(
-            f"{settings.data} has {num_classes} classes and the model has {heads}: "
-            f"make the model with --model-kwargs num_classes={num_classes}."
+            sentence(opened.notes, f"{wrong}model with --model-kwargs num_classes={num_classes}.")
         )

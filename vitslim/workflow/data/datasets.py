@@ -1,7 +1,6 @@
 """Opening what --data names: the embedded digits, an image folder, or any dataset timm knows."""
 
 import dataclasses
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from ...errors import VitslimError
 from ..options.settings import Settings
 from ..training.world import World
+from .folders import open_folder
 from .images import Images
 from .streams import is_stream
 
@@ -56,12 +56,17 @@ class Digits(Dataset[tuple[Any, int]]):
 class Datasets:
     """Images to train on and held-out ones, each `Images` or a stream of timm's.
 
-    The number of classes is 0 where the data does not say it.
+    Attributes:
+        train: Images to train on.
+        held_out: Images to evaluate on.
+        num_classes: 0 where the data does not say it.
+        notes: What was passed over, which the user should hear of.
     """
 
     train: Any
     held_out: Any
     num_classes: int
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
@@ -77,7 +82,13 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
         train, held_out = (Images(Digits(half), mode, "digits", skip) for half in (True, False))
         return Datasets(train, held_out, DIGITS_CLASSES)
     if settings.data.startswith("folder:"):
-        return _folder(Path(settings.data.removeprefix("folder:")).expanduser(), mode, skip)
+        root = Path(settings.data.removeprefix("folder:")).expanduser()
+        readers, places, count, notes = open_folder(root)
+        train, held_out = (
+            Images(reader, mode, str(place), skip)
+            for reader, place in zip(readers, places, strict=True)
+        )
+        return Datasets(train, held_out, count, notes)
     train = _timm(settings, mode, settings.train_split, settings.train_num_samples, training=True)
     held_out = _timm(settings, mode, settings.val_split, settings.val_num_samples, training=False)
     if is_stream(train) and settings.aug_repeats > 1:
@@ -137,51 +148,3 @@ def _by_index(dataset: Any, mode: str, settings: Settings) -> Any:
     # timm's own dataset goes on at what it takes for a bad image, whatever was asked for.
     source = dataset.reader if isinstance(dataset, ImageDataset) else dataset
     return Images(source, mode, settings.data, settings.bad_images == "skip")
-
-
-def _folder(root: Path, mode: str, skip: bool) -> Datasets:
-    """Opens PATH/train and PATH/val (or validation): a folder of images per class, or such tars."""
-    if not root.is_dir():
-        raise VitslimError(f"There is no image folder {root}.")
-    places = _place(root, "train"), _place(root, "val", "validation")
-    sources, names = zip(*(_leaf_folders(place) for place in places), strict=True)
-    if names[0] != names[1]:
-        odd = sorted(names[0] ^ names[1])
-        raise VitslimError(
-            f"{places[0]} and {places[1]} have different classes "
-            f"({', '.join(odd[:5])} on one side)."
-        )
-    train, held_out = (
-        Images(source, mode, str(place), skip)
-        for source, place in zip(sources, places, strict=True)
-    )
-    return Datasets(train, held_out, len(names[0]))
-
-
-def _place(root: Path, *names: str) -> Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-        if (root / f"{name}.tar").is_file():
-            return root / f"{name}.tar"
-    raise VitslimError(
-        f"{root} has no folder {names[0]} and no {names[0]}.tar: train and val are needed."
-    )
-
-
-def _leaf_folders(place: Path) -> tuple[Any, set[str]]:
-    """Opens one folder or tar; returns timm's reader and the names of the classes."""
-    # timm would leave a pickle beside a large tar, and read it the next time.
-    tar = {"cache_tarinfo": False} if place.suffix == ".tar" else {}
-    try:
-        reader = create_dataset("", root=str(place), search_split=False, **tar).reader
-    except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:
-        raise VitslimError(
-            f"{place} has no images: one folder of images per class is needed ({error})."
-        ) from error
-    names = set(getattr(reader, "class_to_idx", None) or reader.class_name_to_idx)
-    if "" in names:
-        raise VitslimError(
-            f"{place} has images that are in no class: one folder of images per class is needed."
-        )
-    return reader, names
