@@ -16,7 +16,7 @@ from ..latency import input_shape
 from ..options.settings import Settings
 from ..training.world import World
 from .datasets import DIGITS_MEAN, DIGITS_STD, Datasets, open_datasets
-from .images import Shard, reason, told
+from .images import Images, reason, told
 from .loading import Loader, Ordered, Streamed, around, within
 from .passed import sentence
 from .posterize import allow_no_bits
@@ -101,19 +101,22 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
             f"The model takes images of {shape[0]} channels, and files give 1 or 3: make it with "
             "--model-kwargs in_chans=3."
         )
-    opened = open_datasets(settings, "L" if shape[0] == 1 else "RGB", world)
+    mode = "L" if shape[0] == 1 else "RGB"
+    opened = open_datasets(settings, mode, world)
     _check_classes(settings, model, opened)
+    classes = _classes(model)
     if world.primary:
         for note in opened.notes:
             logger.warning("%s.", note)
     config = resolve_data_config({"input_size": shape}, model=model)
     config["mean"], config["std"] = image_statistics(model, settings, shape[0])
-    train = _training(opened.train, settings, config, world)
-    evaluation = _evaluation(opened.held_out, settings, config, world)
+    train = _training(_checked(opened.train, settings, mode, classes), settings, config, world)
+    held_out = _checked(opened.held_out, settings, mode, classes)
+    evaluation = _evaluation(held_out, settings, config, world)
     return Data(
         train,
         evaluation,
-        opened.num_classes or _classes(model),
+        opened.num_classes or classes,
         world.device,
         (within(train.loader), within(evaluation)),
     )
@@ -131,15 +134,23 @@ def image_statistics(
     return config["mean"], config["std"]
 
 
+def _checked(dataset: Any, settings: Settings, mode: str, classes: int) -> Images | Stream:
+    """Tells what reads the images of which mode they are to be, and what their labels are below."""
+    if is_stream(dataset):
+        return Stream(dataset, settings.data, mode, classes, settings.bad_images == "skip")
+    dataset.classes = classes
+    return dataset
+
+
 def _training(
-    dataset: Any, settings: Settings, config: dict[str, Any], world: World
+    dataset: Images | Stream, settings: Settings, config: dict[str, Any], world: World
 ) -> Ordered | Streamed:
-    if not is_stream(dataset):
+    if isinstance(dataset, Images):
         _check_size(settings, len(dataset), world)
     allow_no_bits()
     try:
         loader = create_loader(
-            dataset,
+            _timms(dataset),
             is_training=True,
             no_aug=settings.no_aug,
             re_prob=settings.reprob,
@@ -156,28 +167,32 @@ def _training(
         raise VitslimError(f"timm does not know --aa {settings.aa} ({reason(error)}).") from error
     if settings.data == "digits" and not settings.no_aug:
         dataset.transform = Compose([_small_affine(), dataset.transform])
-    if is_stream(dataset):
+    if isinstance(dataset, Stream):
         return Streamed(loader, dataset, settings, world)
     return Ordered(loader, dataset, settings, world)
 
 
-def _evaluation(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Any:
-    share = dataset if is_stream(dataset) else Shard(dataset, world.rank, world.size)
+def _evaluation(
+    dataset: Images | Stream, settings: Settings, config: dict[str, Any], world: World
+) -> Any:
+    share: Any = dataset.share(world.rank, world.size)
     loader = create_loader(
-        share,
+        _timms(share),
         interpolation=config["interpolation"],
         crop_pct=settings.crop_pct or config["crop_pct"],
         **_common(dataset, settings, config, world),
     )
-    if is_stream(dataset):
-        skip = settings.bad_images == "skip"
-        share = Stream(dataset, settings.data, skip, rank=world.rank, size=world.size)
     return around(
         loader,
         share,
         batch_size=settings.batch_size,
-        persistent_workers=settings.workers > 0 and not is_stream(dataset),
+        persistent_workers=settings.workers > 0 and isinstance(dataset, Images),
     )
+
+
+def _timms(dataset: Any) -> Any:
+    """What timm gives its transform to, and asks for its length: of a stream, its own dataset."""
+    return dataset.dataset if isinstance(dataset, Stream) else dataset
 
 
 def _common(
@@ -191,7 +206,7 @@ def _common(
         "mean": config["mean"],
         "std": config["std"],
         # A stream must be read by a fresh worker in every epoch to be the same again.
-        "num_workers": max(settings.workers, int(is_stream(dataset))),
+        "num_workers": max(settings.workers, int(isinstance(dataset, Stream))),
         "persistent_workers": settings.workers > 0,
         # Also on the CPU, where normalising a batch at once takes less time than image by image.
         "use_prefetcher": True,

@@ -116,7 +116,9 @@ def _timm(settings: Settings, mode: str, split: str, images: int | None, trainin
             batch_size=settings.batch_size,
             num_samples=images,
             seed=settings.seed,
-            input_img_mode=mode,
+            # Of what a stream gives, every image is made upright before it is converted; Tensorflow
+            # decodes images itself.
+            input_img_mode=mode if settings.data.lower().startswith("tfds/") else "",
         )
     # Whatever the packages that timm opens data with may raise.
     except Exception as error:
