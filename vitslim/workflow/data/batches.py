@@ -135,10 +135,10 @@ def image_statistics(
 
 
 def _checked(dataset: Any, settings: Settings, mode: str, classes: int) -> Images | Stream:
-    """Tells what reads the images of which mode they are to be, and what their labels are below."""
+    """Checks labels against the model's classes, those of a stream as they come."""
     if is_stream(dataset):
         return Stream(dataset, settings.data, mode, classes, settings.bad_images == "skip")
-    dataset.classes = classes
+    dataset.check_labels(classes)
     return dataset
 
 

@@ -1,6 +1,7 @@
 """Opening what --data names: the embedded digits, an image folder, or any dataset timm knows."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from ...errors import VitslimError
 from ..options.settings import Settings
 from ..training.world import World
 from .folders import open_folder
+from .hugging_face import STREAM, TABLE, Table, stream_keys
 from .images import Images
+from .kinds import endings, told_to_timm
 from .streams import is_stream
 
 DIGITS_CLASSES = 10
+# Data whose images and labels have names that can be told.
+NAMED_COLUMNS = (TABLE, STREAM, "tfds/", "wds/")
 # Mean and deviation of the training digits, of values from 0 to 1.
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
 
@@ -78,6 +83,7 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
         world: The processes that share a stream.
     """
     skip = settings.bad_images == "skip"
+    _check_keys(settings)
     if settings.data == "digits":
         train, held_out = (Images(Digits(half), mode, "digits", skip) for half in (True, False))
         return Datasets(train, held_out, DIGITS_CLASSES)
@@ -89,15 +95,20 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
             for reader, place in zip(readers, places, strict=True)
         )
         return Datasets(train, held_out, count, notes)
-    train = _timm(settings, mode, settings.train_split, settings.train_num_samples, training=True)
-    held_out = _timm(settings, mode, settings.val_split, settings.val_num_samples, training=False)
+    train = _open(settings, mode, settings.train_split, settings.train_num_samples, training=True)
+    held_out = _open(settings, mode, settings.val_split, settings.val_num_samples, training=False)
     if is_stream(train) and settings.aug_repeats > 1:
         raise VitslimError(
             f"{settings.data} is a stream, in which no image comes twice: "
             "leave --aug-repeats out or take data that is read by index."
         )
-    reader = getattr(train, "reader", None)
-    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
+    classes = _class_names(train)
+    odd = set(classes) ^ set(_class_names(held_out))
+    if odd and _class_names(held_out):
+        raise VitslimError(
+            f"{settings.data} has other classes in {settings.train_split} than in "
+            f"{settings.val_split} ({', '.join(sorted(map(str, odd))[:5])} in one alone)."
+        )
     _share(train, world.rank, world.size)
     # Shares of a held-out stream would be padded to equal length; a `Stream` counts images off.
     _share(held_out, 0, 1)
@@ -106,20 +117,56 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
     )
 
 
-def _timm(settings: Settings, mode: str, split: str, images: int | None, training: bool) -> Any:
-    try:
-        return create_dataset(
-            settings.data,
-            root=settings.data_dir,
-            split=split,
-            is_training=training,
-            batch_size=settings.batch_size,
-            num_samples=images,
-            seed=settings.seed,
-            # Of what a stream gives, every image is made upright before it is converted; Tensorflow
-            # decodes images itself.
-            input_img_mode=mode if settings.data.lower().startswith("tfds/") else "",
+def _check_keys(settings: Settings) -> None:
+    given = settings.input_key or settings.target_key
+    if given and not settings.data.lower().startswith(NAMED_COLUMNS):
+        raise VitslimError(
+            f"{settings.data} has no columns: leave out --input-key and --target-key, "
+            "which are for hfds/, hfids/, tfds/ and wds/."
         )
+
+
+def _class_names(dataset: Any) -> Sequence[Any]:
+    reader = getattr(dataset, "reader", dataset)
+    found = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
+    return list(found or ())
+
+
+def _open(settings: Settings, mode: str, split: str, images: int | None, training: bool) -> Any:
+    kind = settings.data.lower()
+    keys: Mapping[str, str | None] = {
+        "input_key": settings.input_key,
+        "target_key": settings.target_key,
+    }
+    try:
+        if kind.startswith(TABLE):
+            return Table(settings, split)
+        names: dict[str, int] = {}
+        if kind.startswith(STREAM):
+            columns, names = stream_keys(settings, split)
+            keys |= columns
+        elif kind.startswith("wds/"):
+            keys["input_key"] = _members(settings.input_key)
+        # A name that timm does not know is any, and --data-dir a folder of images.
+        with told_to_timm():
+            dataset = create_dataset(
+                settings.data,
+                root=settings.data_dir,
+                split=split,
+                is_training=training,
+                batch_size=settings.batch_size,
+                num_samples=images,
+                seed=settings.seed,
+                # Of what a stream gives, every image is made upright before it is converted;
+                # Tensorflow decodes images itself.
+                input_img_mode=mode if kind.startswith("tfds/") else "",
+                **{key: name for key, name in keys.items() if name},
+            )
+        if names:
+            dataset.reader.class_to_idx = names
+        return dataset
+    except VitslimError:
+        raise
     # Whatever the packages that timm opens data with may raise.
     except Exception as error:
         if "num_samples" in str(error):
@@ -136,6 +183,15 @@ def _timm(settings: Settings, mode: str, split: str, images: int | None, trainin
             f"timm cannot open the dataset {settings.data!r}, split {split}, {where}: {error}. "
             "Data is digits, folder:PATH or the name of a timm dataset."
         ) from error
+
+
+def _members(given: str | None) -> str:
+    """Names the members of a shard that may be images, as timm's reader of WebDataset takes them.
+
+    It decodes whichever there is into a member `jpg`, which it must therefore find among them.
+    """
+    usual = ["jpg", "png", "webp", *sorted(ending[1:] for ending in endings())]
+    return ";".join(dict.fromkeys([given, "jpg"] if given else usual))
 
 
 def _share(dataset: Any, rank: int, size: int) -> None:

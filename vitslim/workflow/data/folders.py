@@ -3,16 +3,14 @@
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from timm.data import create_dataset
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.utils.misc import natural_key
 
 from ...errors import VitslimError
-from .kinds import endings, hidden
+from .kinds import endings, hidden, told_to_timm
 from .passed import Passed, sentence
 
 
@@ -107,7 +105,7 @@ def _open_tar(place: Path) -> Any:
             _list(tar, passed)
         if not passed.images:
             return _Nothing(passed)
-        with _told(endings()):
+        with told_to_timm():
             # timm would leave a pickle beside a large tar, and read it the next time.
             reader = create_dataset(
                 "", root=str(place), search_split=False, cache_tarinfo=False
@@ -169,14 +167,3 @@ def _members(tar: tarfile.TarFile, above: PurePosixPath) -> Iterator[tuple[PureP
 def _numbered(labels: set[str]) -> dict[str, int]:
     """Numbers classes by name, as timm does."""
     return {label: number for number, label in enumerate(sorted(labels, key=natural_key))}
-
-
-@contextmanager
-def _told(extensions: frozenset[str]) -> Iterator[None]:
-    """Tells timm's reader of tars, which takes no argument for it, what images are called."""
-    before = get_img_extensions()
-    set_img_extensions(sorted(extensions))
-    try:
-        yield
-    finally:
-        set_img_extensions(before)

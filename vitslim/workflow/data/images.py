@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from ...errors import VitslimError
 from .decode import upright
-from .labels import label
+from .hugging_face import Table
+from .labels import check_labels, wrong_label
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,21 @@ class Images(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         index, image, target = self._next_good(index)
-        return self.transform(image), label(target, self.classes, self.name(index))
+        if wrong := wrong_label(target, self.classes):
+            raise VitslimError(f"The label of {self.name(index)} is {wrong}.")
+        return self.transform(image), int(target)
+
+    def check_labels(self, classes: int) -> None:
+        """Raises VitslimError at a label that is wrong, of those known without their images.
+
+        Args:
+            classes: Of the model: labels are below it.
+        """
+        self.classes = classes
+        if isinstance(self.source, Table):
+            check_labels(self.source.labels(), classes, f"{self.where}, split {self.source.split}")
+        elif hasattr(self.source, "targets"):
+            check_labels([int(each) for each in self.source.targets], classes, self.where)
 
     def _next_good(self, first: int) -> tuple[int, Any, Any]:
         for index in range(first, first + min(len(self), PATIENCE)):

@@ -1,10 +1,12 @@
 """Which files of an image folder are images: those whose ending Pillow knows and can read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import PurePath
 
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 
 # Formats that Pillow only names or cannot turn into pixels by itself: EPS needs Ghostscript, WMF
 # needs Windows, of films it tells the size alone, and the others need handlers of their own.
@@ -32,6 +34,17 @@ def _pillows() -> frozenset[str]:
     _init()
     read = (set(Image.OPEN) | READ_AS_JPEG) - NOT_READ
     return frozenset(e for e, form in Image.registered_extensions().items() if form in read)
+
+
+@contextmanager
+def told_to_timm() -> Iterator[None]:
+    """Lets timm's readers find these endings too; those of tars take no argument for it."""
+    before = get_img_extensions()
+    set_img_extensions(sorted(endings()))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def hidden(name: str) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from ...errors import VitslimError
 from .decode import upright
 from .images import ADVICE, reason
-from .labels import label
+from .labels import wrong_label
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ class Stream(IterableDataset[Any]):
                     raise VitslimError(f"{sentence}: {ADVICE}.") from error
                 logger.warning("%s; it is skipped.", sentence)
             else:
-                yield image, label(target, self.classes, row)
+                if wrong := wrong_label(target, self.classes):
+                    raise VitslimError(f"The label of {row} is {wrong}.")
+                yield image, int(target)
 
     def _read(self) -> Iterator[Any]:
         try:
@@ -127,7 +129,8 @@ def _check_class(sample: Mapping[str, Any], row: str) -> None:
     try:
         int(written)
     except ValueError:
-        label(written.decode(errors="replace").strip() or None, 0, row)
+        wrong = wrong_label(written.decode(errors="replace").strip() or None, 0)
+        raise VitslimError(f"The label of {row} is {wrong}.") from None
 
 
 @contextmanager
