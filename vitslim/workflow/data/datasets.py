@@ -134,7 +134,7 @@ def _class_names(dataset: Any) -> Sequence[Any]:
 
 def _open(settings: Settings, mode: str, split: str, images: int | None, training: bool) -> Any:
     kind = settings.data.lower()
-    keys: Mapping[str, str | None] = {
+    keys: dict[str, str | None] = {
         "input_key": settings.input_key,
         "target_key": settings.target_key,
     }
