@@ -72,6 +72,11 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     for given, sentence in (
         ({}, r"several columns of images \(a, b\): name one with --input-key"),
         ({"input_key": "a"}, r"several columns of labels \(fine, coarse\).*--target-key"),
+        ({"input_key": "a", "target_key": "d"}, "no column 'd'.*correct --target-key"),
+        (
+            {"input_key": "fine", "target_key": "fine"},
+            "Column fine of .* holds no images but ClassLabel",
+        ),
         ({"input_key": "c"}, r"no column 'c', only a, b, fine, coarse: correct --input-key"),
     ):
         with pytest.raises(VitslimError, match=sentence):

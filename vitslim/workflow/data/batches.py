@@ -110,7 +110,8 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
             logger.warning("%s.", note)
     config = resolve_data_config({"input_size": shape}, model=model)
     config["mean"], config["std"] = image_statistics(model, settings, shape[0])
-    train = _training(_checked(opened.train, settings, mode, classes), settings, config, world)
+    images = _checked(opened.train, settings, mode, classes, fill=True)
+    train = _training(images, settings, config, world)
     held_out = _checked(opened.held_out, settings, mode, classes)
     evaluation = _evaluation(held_out, settings, config, world)
     return Data(
@@ -134,10 +135,13 @@ def image_statistics(
     return config["mean"], config["std"]
 
 
-def _checked(dataset: Any, settings: Settings, mode: str, classes: int) -> Images | Stream:
+def _checked(
+    dataset: Any, settings: Settings, mode: str, classes: int, fill: bool = False
+) -> Images | Stream:
     """Checks labels against the model's classes, those of a stream as they come."""
     if is_stream(dataset):
-        return Stream(dataset, settings.data, mode, classes, settings.bad_images == "skip")
+        skip = settings.bad_images == "skip"
+        return Stream(dataset, settings.data, mode, classes, skip, fill)
     dataset.check_labels(classes)
     return dataset
 

@@ -42,18 +42,18 @@ class Folder:
         self.class_to_idx = _numbered({label for _, label in found})
         # As timm sorts, which takes 1 and 01 for the same.
         found.sort(key=lambda each: (natural_key(each[0]), each[0]))
-        self.samples = [(file, self.class_to_idx[label]) for file, label in found]
+        self.files = [file for file, _ in found]
+        self.targets = [self.class_to_idx[label] for _, label in found]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        file, target = self.samples[index]
-        return Path(file).open("rb"), target
+        return Path(self.files[index]).open("rb"), self.targets[index]
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """Returns the path of an image."""
-        return self.samples[index][0]
+        return self.files[index]
 
 
 def open_folder(root: Path) -> tuple[tuple[Any, Any], tuple[Path, Path], int, list[str]]:
@@ -93,8 +93,12 @@ def _check(place: Path, reader: Any, notes: list[str]) -> None:
     if not len(reader):
         raise VitslimError(sentence(notes, f"{place} has no images: {wanted}"))
     # A tar that was made of `.` calls its root so.
-    if {"", "."} & set(reader.class_to_idx):
-        raise VitslimError(sentence(notes, f"{place} has images that are in no class: {wanted}"))
+    numbers = [reader.class_to_idx[each] for each in ("", ".") if each in reader.class_to_idx]
+    for index, target in enumerate(reader.targets) if numbers else ():
+        if target in numbers:
+            first = Path(reader.filename(index)).name
+            wrong = f"{place} has images that are in no class (the first is {first})"
+            raise VitslimError(sentence(notes, f"{wrong}: {wanted}"))
 
 
 def _open_tar(place: Path) -> Any:

@@ -30,7 +30,14 @@ class Table:
         table = datasets.load_dataset(name, split=split, cache_dir=settings.data_dir)
         self.image, self.target = columns(table.features, settings)
         self.class_to_idx = class_names(table.features, self.target)
-        self.dataset = table.cast_column(self.image, datasets.Image(decode=False))
+        try:
+            self.dataset = table.cast_column(self.image, datasets.Image(decode=False))
+        # Which one it is depends on what the column is and on the version of pyarrow.
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise VitslimError(
+                f"Column {self.image} of {self.where} holds no images but "
+                f"{table.features[self.image]}: name another one with --input-key."
+            ) from error
 
     def __len__(self) -> int:
         return len(self.dataset)

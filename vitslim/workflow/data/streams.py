@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -32,6 +32,8 @@ class Stream(IterableDataset[Any]):
         mode: PIL mode that every image is converted to.
         classes: Of the model: labels are below it.
         skip: Whether to go on at a bad image.
+        fill: Whether the image after a bad one comes once more in its place, so that an epoch
+            keeps its length.
         rank: Of `size` equal parts, image by image, which one to give.
         size: How many parts there are.
     """
@@ -43,16 +45,19 @@ class Stream(IterableDataset[Any]):
         mode: str,
         classes: int,
         skip: bool = False,
+        fill: bool = False,
         rank: int = 0,
         size: int = 1,
     ) -> None:
         self.dataset, self.where, self.skip = dataset, where, skip
-        self.mode, self.classes = mode, classes
+        self.mode, self.classes, self.fill = mode, classes, fill
         self.rank, self.size = rank, size
 
     def share(self, rank: int, size: int) -> "Stream":
         """Returns every `size`-th image."""
-        return Stream(self.dataset, self.where, self.mode, self.classes, self.skip, rank, size)
+        return Stream(
+            self.dataset, self.where, self.mode, self.classes, self.skip, rank=rank, size=size
+        )
 
     def __iter__(self) -> Iterator[Any]:
         with _heeding(_BadSample(self.where, self.skip)):
@@ -60,6 +65,7 @@ class Stream(IterableDataset[Any]):
                 yield self.dataset.transform(image), target
 
     def _upright(self) -> Iterator[Any]:
+        missing, last = 0, None
         for number, (image, target) in enumerate(self._read()):
             row = f"image {number} of a worker in {self.where}"
             try:
@@ -69,10 +75,15 @@ class Stream(IterableDataset[Any]):
                 if not self.skip:
                     raise VitslimError(f"{sentence}: {ADVICE}.") from error
                 logger.warning("%s; it is skipped.", sentence)
-            else:
-                if wrong := wrong_label(target, self.classes):
-                    raise VitslimError(f"The label of {row} is {wrong}.")
-                yield image, int(target)
+                missing += self.fill
+                continue
+            if wrong := wrong_label(target, self.classes):
+                raise VitslimError(f"The label of {row} is {wrong}.")
+            last = image, int(target)
+            yield from repeat(last, missing + 1)
+            missing = 0
+        if last is not None:
+            yield from repeat(last, missing)
 
     def _read(self) -> Iterator[Any]:
         try:
@@ -100,7 +111,7 @@ class _BadSample(logging.Filter):
         if error is None:
             return True
         sample = _sample(error)
-        _check_class(sample, self._name(sample))
+        _check_class(sample, error, self._name(sample))
         sentence = f"{self._name(sample)} cannot be read ({reason(error)})"
         if not self.skip:
             raise VitslimError(f"{sentence}: {ADVICE}.") from error
@@ -121,8 +132,13 @@ def _sample(error: BaseException) -> Mapping[str, Any]:
     return {}
 
 
-def _check_class(sample: Mapping[str, Any], row: str) -> None:
+def _check_class(sample: Mapping[str, Any], error: BaseException, row: str) -> None:
     """Says where it was the label and not the image that could not be read."""
+    if isinstance(error, KeyError) and error.args == ("cls",):
+        raise VitslimError(
+            f"{row} has no label: put a number into a .cls beside every image, or name a field of "
+            "its .json with --target-key."
+        ) from None
     written = sample.get("cls")
     if not isinstance(written, bytes):
         return
