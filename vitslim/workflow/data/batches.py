@@ -15,10 +15,10 @@ from ...errors import VitslimError
 from ..latency import input_shape
 from ..options.settings import Settings
 from ..training.world import World
-from .datasets import DIGITS_MEAN, DIGITS_STD, Datasets, open_datasets
+from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
+from .fit import check_classes, check_size, classes_of
 from .images import Images, reason, told
 from .loading import Loader, Ordered, Streamed, around, within
-from .passed import sentence
 from .posterize import allow_no_bits
 from .sampling import untouched_random
 from .streams import Stream, is_stream
@@ -103,8 +103,8 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
         )
     mode = "L" if shape[0] == 1 else "RGB"
     opened = open_datasets(settings, mode, world)
-    _check_classes(settings, model, opened)
-    classes = _classes(model)
+    check_classes(settings, model, opened)
+    classes = classes_of(model)
     if world.primary:
         for note in opened.notes:
             logger.warning("%s.", note)
@@ -150,7 +150,7 @@ def _training(
     dataset: Images | Stream, settings: Settings, config: dict[str, Any], world: World
 ) -> Ordered | Streamed:
     if isinstance(dataset, Images):
-        _check_size(settings, len(dataset), world)
+        check_size(settings, len(dataset), world)
     allow_no_bits()
     try:
         loader = create_loader(
@@ -227,9 +227,9 @@ def _small_affine() -> RandomAffine:
 
 def _synthetic(settings: Settings, model: nn.Module, world: World) -> Data:
     wanted = settings.train_num_samples or IMAGENET_TRAIN
-    _check_size(settings, wanted, world)
+    check_size(settings, wanted, world)
     held_out = len(range(world.rank, settings.val_num_samples or IMAGENET_VAL, world.size))
-    classes = _classes(model)
+    classes = classes_of(model)
     train, evaluation = (
         Synthetic(
             images, settings.batch_size, input_shape(model), classes, world.device, settings.seed
@@ -237,33 +237,3 @@ def _synthetic(settings: Settings, model: nn.Module, world: World) -> Data:
         for images in (wanted // world.size, held_out)
     )
     return Data(train, evaluation, classes, world.device)
-
-
-def _classes(model: nn.Module) -> int:
-    return int(getattr(model, "num_classes", 0))
-
-
-def _check_size(settings: Settings, images: int, world: World) -> None:
-    needed = settings.images_per_update(world.size)
-    if images < needed:
-        raise VitslimError(
-            f"{settings.data} has {images} training images, fewer than the {needed} of one update: "
-            "lower --batch-size or --grad-accum-steps."
-        )
-
-
-def _check_classes(settings: Settings, model: nn.Module, opened: Datasets) -> None:
-    num_classes = opened.num_classes
-    if num_classes == 1:
-        alone = f"{settings.data} has one class alone, of which nothing can be learned."
-        raise VitslimError(sentence(opened.notes, alone))
-    if getattr(model, "global_pool", None) == "":
-        raise VitslimError(
-            "The model gives tokens and no classes: make it with --model-kwargs global_pool=avg."
-        )
-    heads = getattr(model, "num_classes", num_classes)
-    if num_classes and heads != num_classes:
-        wrong = f"{settings.data} has {num_classes} classes and the model has {heads}: make the "
-        raise VitslimError(
-            sentence(opened.notes, f"{wrong}model with --model-kwargs num_classes={num_classes}.")
-        )
