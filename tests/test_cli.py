@@ -105,6 +105,16 @@ def test_cost_prints_the_papers_table_row(capsys) -> None:
     assert [round(facts[k]["macs"] / 1e9, 1) for k in ("dense", "slim")] == [4.6, 3.2]
 
 
+def test_cost_tells_height_and_width_of_oblong_images(capsys) -> None:
+    command = ["cost", "deit_tiny_patch16_224", "--model-kwargs", "depth=1", "img_size=[32,64]"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["img_size"] == [32, 64]
+    assert main(command) == 0
+    assert "deit_tiny_patch16_224 at 32 x 64 pixels" in capsys.readouterr().out
+    assert main(["cost", "deit_tiny_patch16_224"]) == 0
+    assert "deit_tiny_patch16_224 at 224 pixels" in capsys.readouterr().out
+
+
 def test_cost_of_a_folder_and_a_plan(run: Path, capsys) -> None:
     plan = run / "search/plans/macs-70.json"
     assert main(["cost", str(run / "search"), "--plan", str(plan), "--json"]) == 0

@@ -100,7 +100,7 @@ def _eval(given: dict[str, Any]) -> None:
 
 def _cost(given: dict[str, Any]) -> None:
     from .cost import cost
-    from .workflow.latency import input_shape
+    from .workflow.image_size import image_size, pixels
     from .workflow.models import meta_model, open_plan, plan_of
     from .workflow.threshold import even_plan, parse_budget
 
@@ -110,7 +110,7 @@ def _cost(given: dict[str, Any]) -> None:
     model = meta_model(name, given.get("model_kwargs"))
     facts = {
         "model": name,
-        "img_size": input_shape(model)[1],
+        "img_size": image_size(model),
         "dense": cost(model)._asdict(),
     }
     plan = open_plan(given["plan"]) if "plan" in given else plan_of(name)
@@ -121,7 +121,7 @@ def _cost(given: dict[str, Any]) -> None:
     if "json" in given:
         print(json.dumps(facts))
         return
-    print(f"{facts['model']} at {facts['img_size']} pixels")
+    print(f"{facts['model']} at {pixels(facts['img_size'])}")
     for name in ("dense", "slim"):
         if name in facts:
             print(f"  {name}: {_figures(**facts[name])}")

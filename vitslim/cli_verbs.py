@@ -24,7 +24,8 @@ from .cli_options import (
 
 # What `vitslim eval` takes of the settings, and of a recipe.
 EVAL = (
-    *("data", "data_dir", "train_split", "val_split", "train_num_samples", "val_num_samples"),
+    *("data", "data_dir", "train_split", "val_split", "input_key", "target_key"),
+    *("train_num_samples", "val_num_samples"),
     *("bad_images", "batch_size", "crop_pct", "workers", "device", "amp", "amp_dtype"),
 )
 EVAL_BATCH_SIZE = 64

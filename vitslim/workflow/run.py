@@ -31,7 +31,8 @@ from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
 from .data.batches import open_data
-from .latency import input_shape, measure
+from .image_size import image_size
+from .latency import measure
 from .latency_budget import plan_for
 from .models import open_model, open_plan, open_teacher
 from .options.settings import Settings
@@ -137,7 +138,7 @@ def run(job: Job) -> dict[str, Any]:
         summary = {
             "model": job.model,
             "data": job.stages["search"].data,
-            "img_size": input_shape(dense)[1],
+            "img_size": image_size(dense),
             "seconds": _seconds(job.output, *(time.perf_counter() - t for t in (began, trained))),
             "environment": _environment(world),
             "dense": _entry(dense, dense_accuracy, latency["dense"]),

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from trouble import trouble_of
 
@@ -152,3 +154,44 @@ def test_a_stream_shorter_than_a_batch_is_filled_up_with_its_own_images(shards: 
     data = _open(shards, train_num_samples=31, batch_size=40)
     assert data.steps == 1
     assert _epoch(data).shape == (1, 40, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (b"cat", r"^The label of odd in .*train-0\.tar is the text 'cat'"),
+        (b"", r"^The label of odd in .* is missing"),
+        (None, r"^odd in .*train-0\.tar has no label: put a number into a \.cls"),
+        (b"7", r"^The label of image \d+ of a worker in wds/shards is 7 and the model has 2"),
+        (b"-1", r"is -1, which marks images without a label"),
+    ],
+)
+def test_wrong_labels_of_shards_stop_whatever_was_asked(shards: Path, label, sentence) -> None:
+    with tarfile.open(shards / "train-0.tar", "a") as tar:
+        _add(tar, "odd.png", (shards.parent / "images/train/dark/0.png").read_bytes())
+        if label is not None:
+            _add(tar, "odd.cls", label)
+    data = _open(shards, train_num_samples=33, bad_images="skip")
+    assert re.search(sentence, trouble_of(data))
+
+
+def test_shards_may_hold_any_kind_of_image(shards: Path) -> None:
+    with tarfile.open(shards / "val-0.tar", "a") as tar:
+        buffer = io.BytesIO()
+        Image.new("RGBA", (9, 9)).save(buffer, "TIFF")
+        _add(tar, "odd.tiff", buffer.getvalue())
+        _add(tar, "odd.cls", b"1")
+    seen = torch.cat([images for images, _ in _open(shards).held_out()])
+    assert len(seen) == 9
+    # What is transparent lies on white.
+    assert any((image > 0.9).all() for image in seen)
+
+
+def test_a_stream_of_other_bits_is_a_bad_image(shards: Path) -> None:
+    with tarfile.open(shards / "train-0.tar", "a") as tar:
+        buffer = io.BytesIO()
+        Image.new("F", (9, 9)).save(buffer, "TIFF")
+        _add(tar, "odd.tif", buffer.getvalue())
+        _add(tar, "odd.cls", b"1")
+    assert "mode F, may have any range" in trouble_of(_open(shards, train_num_samples=33))
+    assert len(_epoch(_open(shards, bad_images="skip", train_num_samples=33))) == 5

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 import vitslim
 from vitslim import Masks, Plan, VitslimError
 from vitslim.workflow.report import kept, story
-from vitslim.workflow.report.page import report
+from vitslim.workflow.report.page import _subtitle, report
 from vitslim.workflow.threshold import budget_name, threshold
 
 CUT = {"attention": 0.6, "mlp": 0.6}
@@ -273,3 +273,19 @@ def test_counts_have_three_digits(number, text):
 )
 def test_grid_of_the_image(patches, img_size, grid):
     assert kept.grid_of(patches, img_size) == grid
+
+
+def test_grid_of_oblong_patches():
+    assert kept.grid_of(16, [16, 32], [8, 4]) == (2, 8)
+    assert kept.grid_of(4, 16, 8) == (2, 2)
+    # An older summary tells the height alone.
+    assert kept.grid_of(16, 16, [8, 4]) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(224, "224 pixels"), ([32, 64], "32 x 64 pixels"), ([3, 32, 32], "32 pixels")],
+)
+def test_size_of_the_images(size, text):
+    assert f"images of {text}" in _subtitle({"img_size": size})
+    assert "images" not in _subtitle({})

@@ -185,7 +185,7 @@ def test_a_teacher_of_a_fixed_size_sees_resized_images_and_says_so(images) -> No
     frozen = Distillation(_vit(0), teacher, _settings()).teacher
     resized = F.interpolate(images, (16, 16), mode="bicubic", antialias=True)
     torch.testing.assert_close(frozen(images), teacher(resized))
-    assert frozen.note == "the teacher sees images resized from 8x8 to 16x16"
+    assert frozen.note == "the teacher sees images resized from 8 pixels to 16 pixels"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,11 @@ def test_a_convolutional_teacher_stays_frozen_while_the_student_trains(images, k
     [
         (lambda: _vit(num_classes=7), "soft", "has 7 classes and the student 10"),
         (lambda: _vit(num_classes=7), "hard", "--distill-type feature"),
-        (lambda: _vit(in_chans=1), "soft", "cannot take the student's images of 3x8x8"),
+        (
+            lambda: _vit(in_chans=1),
+            "soft",
+            "cannot take the student's images of 3 channels and 8 pixels",
+        ),
         (lambda: nn.Conv2d(3, 3, 1), "feature", "cannot take the student's images"),
         (lambda: _resnet(global_pool=""), "feature", "take a teacher with global pooling"),
     ],

@@ -1,6 +1,7 @@
 """Batches of images for training and evaluation, on the device."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, Protocol
@@ -15,12 +16,15 @@ from ..latency import input_shape
 from ..options.settings import Settings
 from ..training.world import World
 from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
-from .images import Shard, reason, told
+from .fit import check_classes, check_size, classes_of
+from .images import Images, reason, told
 from .loading import Loader, Ordered, Streamed, around, within
 from .posterize import allow_no_bits
 from .sampling import untouched_random
 from .streams import Stream, is_stream
 from .synthetic import IMAGENET_TRAIN, IMAGENET_VAL, Synthetic
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -97,16 +101,23 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
             f"The model takes images of {shape[0]} channels, and files give 1 or 3: make it with "
             "--model-kwargs in_chans=3."
         )
-    opened = open_datasets(settings, "L" if shape[0] == 1 else "RGB", world)
-    _check_classes(settings, model, opened.num_classes)
+    mode = "L" if shape[0] == 1 else "RGB"
+    opened = open_datasets(settings, mode, world)
+    check_classes(settings, model, opened)
+    classes = classes_of(model)
+    if world.primary:
+        for note in opened.notes:
+            logger.warning("%s.", note)
     config = resolve_data_config({"input_size": shape}, model=model)
     config["mean"], config["std"] = image_statistics(model, settings, shape[0])
-    train = _training(opened.train, settings, config, world)
-    evaluation = _evaluation(opened.held_out, settings, config, world)
+    images = _checked(opened.train, settings, mode, classes, fill=True)
+    train = _training(images, settings, config, world)
+    held_out = _checked(opened.held_out, settings, mode, classes)
+    evaluation = _evaluation(held_out, settings, config, world)
     return Data(
         train,
         evaluation,
-        opened.num_classes or _classes(model),
+        opened.num_classes or classes,
         world.device,
         (within(train.loader), within(evaluation)),
     )
@@ -124,15 +135,26 @@ def image_statistics(
     return config["mean"], config["std"]
 
 
+def _checked(
+    dataset: Any, settings: Settings, mode: str, classes: int, fill: bool = False
+) -> Images | Stream:
+    """Checks labels against the model's classes, those of a stream as they come."""
+    if is_stream(dataset):
+        skip = settings.bad_images == "skip"
+        return Stream(dataset, settings.data, mode, classes, skip, fill)
+    dataset.check_labels(classes)
+    return dataset
+
+
 def _training(
-    dataset: Any, settings: Settings, config: dict[str, Any], world: World
+    dataset: Images | Stream, settings: Settings, config: dict[str, Any], world: World
 ) -> Ordered | Streamed:
-    if not is_stream(dataset):
-        _check_size(settings, len(dataset), world)
+    if isinstance(dataset, Images):
+        check_size(settings, len(dataset), world)
     allow_no_bits()
     try:
         loader = create_loader(
-            dataset,
+            _timms(dataset),
             is_training=True,
             no_aug=settings.no_aug,
             re_prob=settings.reprob,
@@ -149,28 +171,32 @@ def _training(
         raise VitslimError(f"timm does not know --aa {settings.aa} ({reason(error)}).") from error
     if settings.data == "digits" and not settings.no_aug:
         dataset.transform = Compose([_small_affine(), dataset.transform])
-    if is_stream(dataset):
+    if isinstance(dataset, Stream):
         return Streamed(loader, dataset, settings, world)
     return Ordered(loader, dataset, settings, world)
 
 
-def _evaluation(dataset: Any, settings: Settings, config: dict[str, Any], world: World) -> Any:
-    share = dataset if is_stream(dataset) else Shard(dataset, world.rank, world.size)
+def _evaluation(
+    dataset: Images | Stream, settings: Settings, config: dict[str, Any], world: World
+) -> Any:
+    share: Any = dataset.share(world.rank, world.size)
     loader = create_loader(
-        share,
+        _timms(share),
         interpolation=config["interpolation"],
         crop_pct=settings.crop_pct or config["crop_pct"],
         **_common(dataset, settings, config, world),
     )
-    if is_stream(dataset):
-        skip = settings.bad_images == "skip"
-        share = Stream(dataset, settings.data, skip, rank=world.rank, size=world.size)
     return around(
         loader,
         share,
         batch_size=settings.batch_size,
-        persistent_workers=settings.workers > 0 and not is_stream(dataset),
+        persistent_workers=settings.workers > 0 and isinstance(dataset, Images),
     )
+
+
+def _timms(dataset: Any) -> Any:
+    """What timm gives its transform to, and asks for its length: of a stream, its own dataset."""
+    return dataset.dataset if isinstance(dataset, Stream) else dataset
 
 
 def _common(
@@ -184,7 +210,7 @@ def _common(
         "mean": config["mean"],
         "std": config["std"],
         # A stream must be read by a fresh worker in every epoch to be the same again.
-        "num_workers": max(settings.workers, int(is_stream(dataset))),
+        "num_workers": max(settings.workers, int(isinstance(dataset, Stream))),
         "persistent_workers": settings.workers > 0,
         # Also on the CPU, where normalising a batch at once takes less time than image by image.
         "use_prefetcher": True,
@@ -201,9 +227,9 @@ def _small_affine() -> RandomAffine:
 
 def _synthetic(settings: Settings, model: nn.Module, world: World) -> Data:
     wanted = settings.train_num_samples or IMAGENET_TRAIN
-    _check_size(settings, wanted, world)
+    check_size(settings, wanted, world)
     held_out = len(range(world.rank, settings.val_num_samples or IMAGENET_VAL, world.size))
-    classes = _classes(model)
+    classes = classes_of(model)
     train, evaluation = (
         Synthetic(
             images, settings.batch_size, input_shape(model), classes, world.device, settings.seed
@@ -211,31 +237,3 @@ def _synthetic(settings: Settings, model: nn.Module, world: World) -> Data:
         for images in (wanted // world.size, held_out)
     )
     return Data(train, evaluation, classes, world.device)
-
-
-def _classes(model: nn.Module) -> int:
-    return int(getattr(model, "num_classes", 0))
-
-
-def _check_size(settings: Settings, images: int, world: World) -> None:
-    needed = settings.images_per_update(world.size)
-    if images < needed:
-        raise VitslimError(
-            f"{settings.data} has {images} training images, fewer than the {needed} of one update: "
-            "lower --batch-size or --grad-accum-steps."
-        )
-
-
-def _check_classes(settings: Settings, model: nn.Module, num_classes: int) -> None:
-    if num_classes == 1:
-        raise VitslimError(f"{settings.data} has one class alone, of which nothing can be learned.")
-    if getattr(model, "global_pool", None) == "":
-        raise VitslimError(
-            "The model gives tokens and no classes: make it with --model-kwargs global_pool=avg."
-        )
-    heads = getattr(model, "num_classes", num_classes)
-    if num_classes and heads != num_classes:
-        raise VitslimError(
-            f"{settings.data} has {num_classes} classes and the model has {heads}: "
-            f"make the model with --model-kwargs num_classes={num_classes}."
-        )

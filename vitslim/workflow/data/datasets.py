@@ -1,7 +1,7 @@
 """Opening what --data names: the embedded digits, an image folder, or any dataset timm knows."""
 
 import dataclasses
-import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,15 @@ from torch.utils.data import Dataset
 from ...errors import VitslimError
 from ..options.settings import Settings
 from ..training.world import World
+from .folders import open_folder
+from .hugging_face import STREAM, TABLE, Table, stream_keys
 from .images import Images
+from .kinds import endings, told_to_timm
 from .streams import is_stream
 
 DIGITS_CLASSES = 10
+# Data whose images and labels have names that can be told.
+NAMED_COLUMNS = (TABLE, STREAM, "tfds/", "wds/")
 # Mean and deviation of the training digits, of values from 0 to 1.
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
 
@@ -56,12 +61,17 @@ class Digits(Dataset[tuple[Any, int]]):
 class Datasets:
     """Images to train on and held-out ones, each `Images` or a stream of timm's.
 
-    The number of classes is 0 where the data does not say it.
+    Attributes:
+        train: Images to train on.
+        held_out: Images to evaluate on.
+        num_classes: 0 where the data does not say it.
+        notes: What was passed over, which the user should hear of.
     """
 
     train: Any
     held_out: Any
     num_classes: int
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
@@ -73,20 +83,32 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
         world: The processes that share a stream.
     """
     skip = settings.bad_images == "skip"
+    _check_keys(settings)
     if settings.data == "digits":
         train, held_out = (Images(Digits(half), mode, "digits", skip) for half in (True, False))
         return Datasets(train, held_out, DIGITS_CLASSES)
     if settings.data.startswith("folder:"):
-        return _folder(Path(settings.data.removeprefix("folder:")).expanduser(), mode, skip)
-    train = _timm(settings, mode, settings.train_split, settings.train_num_samples, training=True)
-    held_out = _timm(settings, mode, settings.val_split, settings.val_num_samples, training=False)
+        root = Path(settings.data.removeprefix("folder:")).expanduser()
+        readers, places, count, notes = open_folder(root)
+        train, held_out = (
+            Images(reader, mode, str(place), skip)
+            for reader, place in zip(readers, places, strict=True)
+        )
+        return Datasets(train, held_out, count, notes)
+    train = _open(settings, mode, settings.train_split, settings.train_num_samples, training=True)
+    held_out = _open(settings, mode, settings.val_split, settings.val_num_samples, training=False)
     if is_stream(train) and settings.aug_repeats > 1:
         raise VitslimError(
             f"{settings.data} is a stream, in which no image comes twice: "
             "leave --aug-repeats out or take data that is read by index."
         )
-    reader = getattr(train, "reader", None)
-    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
+    classes = _class_names(train)
+    odd = set(classes) ^ set(_class_names(held_out))
+    if odd and _class_names(held_out):
+        raise VitslimError(
+            f"{settings.data} has other classes in {settings.train_split} than in "
+            f"{settings.val_split} ({', '.join(sorted(map(str, odd))[:5])} in one alone)."
+        )
     _share(train, world.rank, world.size)
     # Shares of a held-out stream would be padded to equal length; a `Stream` counts images off.
     _share(held_out, 0, 1)
@@ -95,18 +117,56 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
     )
 
 
-def _timm(settings: Settings, mode: str, split: str, images: int | None, training: bool) -> Any:
-    try:
-        return create_dataset(
-            settings.data,
-            root=settings.data_dir,
-            split=split,
-            is_training=training,
-            batch_size=settings.batch_size,
-            num_samples=images,
-            seed=settings.seed,
-            input_img_mode=mode,
+def _check_keys(settings: Settings) -> None:
+    given = settings.input_key or settings.target_key
+    if given and not settings.data.lower().startswith(NAMED_COLUMNS):
+        raise VitslimError(
+            f"{settings.data} has no columns: leave out --input-key and --target-key, "
+            "which are for hfds/, hfids/, tfds/ and wds/."
         )
+
+
+def _class_names(dataset: Any) -> Sequence[Any]:
+    reader = getattr(dataset, "reader", dataset)
+    found = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
+    return list(found or ())
+
+
+def _open(settings: Settings, mode: str, split: str, images: int | None, training: bool) -> Any:
+    kind = settings.data.lower()
+    keys: dict[str, str | None] = {
+        "input_key": settings.input_key,
+        "target_key": settings.target_key,
+    }
+    try:
+        if kind.startswith(TABLE):
+            return Table(settings, split)
+        names: dict[str, int] = {}
+        if kind.startswith(STREAM):
+            columns, names = stream_keys(settings, split)
+            keys |= columns
+        elif kind.startswith("wds/"):
+            keys["input_key"] = _members(settings.input_key)
+        # A name that timm does not know is any, and --data-dir a folder of images.
+        with told_to_timm():
+            dataset = create_dataset(
+                settings.data,
+                root=settings.data_dir,
+                split=split,
+                is_training=training,
+                batch_size=settings.batch_size,
+                num_samples=images,
+                seed=settings.seed,
+                # Of what a stream gives, every image is made upright before it is converted;
+                # Tensorflow decodes images itself.
+                input_img_mode=mode if kind.startswith("tfds/") else "",
+                **{key: name for key, name in keys.items() if name},
+            )
+        if names:
+            dataset.reader.class_to_idx = names
+        return dataset
+    except VitslimError:
+        raise
     # Whatever the packages that timm opens data with may raise.
     except Exception as error:
         if "num_samples" in str(error):
@@ -125,6 +185,15 @@ def _timm(settings: Settings, mode: str, split: str, images: int | None, trainin
         ) from error
 
 
+def _members(given: str | None) -> str:
+    """Names the members of a shard that may be images, as timm's reader of WebDataset takes them.
+
+    It decodes whichever there is into a member `jpg`, which it must therefore find among them.
+    """
+    usual = ["jpg", "png", "webp", *sorted(ending[1:] for ending in endings())]
+    return ";".join(dict.fromkeys([given, "jpg"] if given else usual))
+
+
 def _share(dataset: Any, rank: int, size: int) -> None:
     """Tells timm's reader of a stream which process this is."""
     if is_stream(dataset):
@@ -137,51 +206,3 @@ def _by_index(dataset: Any, mode: str, settings: Settings) -> Any:
     # timm's own dataset goes on at what it takes for a bad image, whatever was asked for.
     source = dataset.reader if isinstance(dataset, ImageDataset) else dataset
     return Images(source, mode, settings.data, settings.bad_images == "skip")
-
-
-def _folder(root: Path, mode: str, skip: bool) -> Datasets:
-    """Opens PATH/train and PATH/val (or validation): a folder of images per class, or such tars."""
-    if not root.is_dir():
-        raise VitslimError(f"There is no image folder {root}.")
-    places = _place(root, "train"), _place(root, "val", "validation")
-    sources, names = zip(*(_leaf_folders(place) for place in places), strict=True)
-    if names[0] != names[1]:
-        odd = sorted(names[0] ^ names[1])
-        raise VitslimError(
-            f"{places[0]} and {places[1]} have different classes "
-            f"({', '.join(odd[:5])} on one side)."
-        )
-    train, held_out = (
-        Images(source, mode, str(place), skip)
-        for source, place in zip(sources, places, strict=True)
-    )
-    return Datasets(train, held_out, len(names[0]))
-
-
-def _place(root: Path, *names: str) -> Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-        if (root / f"{name}.tar").is_file():
-            return root / f"{name}.tar"
-    raise VitslimError(
-        f"{root} has no folder {names[0]} and no {names[0]}.tar: train and val are needed."
-    )
-
-
-def _leaf_folders(place: Path) -> tuple[Any, set[str]]:
-    """Opens one folder or tar; returns timm's reader and the names of the classes."""
-    # timm would leave a pickle beside a large tar, and read it the next time.
-    tar = {"cache_tarinfo": False} if place.suffix == ".tar" else {}
-    try:
-        reader = create_dataset("", root=str(place), search_split=False, **tar).reader
-    except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:
-        raise VitslimError(
-            f"{place} has no images: one folder of images per class is needed ({error})."
-        ) from error
-    names = set(getattr(reader, "class_to_idx", None) or reader.class_name_to_idx)
-    if "" in names:
-        raise VitslimError(
-            f"{place} has images that are in no class: one folder of images per class is needed."
-        )
-    return reader, names

@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ...errors import VitslimError
+from .decode import upright
+from .hugging_face import Table
+from .labels import check_labels, wrong_label
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ class Images(Dataset[tuple[Any, Any]]):
     def __init__(self, source: Any, mode: str, where: str, skip: bool = False) -> None:
         self.source, self.mode, self.where, self.skip = source, mode, where, skip
         self.transform: Any = None
+        # Of the model, which the data does not know yet: labels are below it.
+        self.classes = 0
         # Shared with the workers, so that a bad image is told once and not by each of them.
         self.told = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
@@ -38,14 +42,28 @@ class Images(Dataset[tuple[Any, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, target = self._next_good(index)
-        return self.transform(image), target
+        index, image, target = self._next_good(index)
+        if wrong := wrong_label(target, self.classes):
+            raise VitslimError(f"The label of {self.name(index)} is {wrong}.")
+        return self.transform(image), int(target)
 
-    def _next_good(self, first: int) -> tuple[Any, Any]:
+    def check_labels(self, classes: int) -> None:
+        """Raises VitslimError at a label that is wrong, of those known without their images.
+
+        Args:
+            classes: Of the model: labels are below it.
+        """
+        self.classes = classes
+        if isinstance(self.source, Table):
+            check_labels(self.source.labels(), classes, f"{self.where}, split {self.source.split}")
+        elif hasattr(self.source, "targets"):
+            check_labels([int(each) for each in self.source.targets], classes, self.where)
+
+    def _next_good(self, first: int) -> tuple[int, Any, Any]:
         for index in range(first, first + min(len(self), PATIENCE)):
             index %= len(self)
             try:
-                return self._read(index)
+                return index, *self._read(index)
             # Decoders raise whatever they like: OSError, SyntaxError, ValueError, struct.error.
             except Exception as error:
                 sentence = f"{self.name(index)} cannot be read ({reason(error)})"
@@ -63,7 +81,11 @@ class Images(Dataset[tuple[Any, Any]]):
         file, target = self.source[index]
         with file:
             image = file if isinstance(file, Image.Image) else Image.open(file)
-            return _eight_bit(image).convert(self.mode), target
+            return upright(image, self.mode), target
+
+    def share(self, rank: int, size: int) -> "Shard":
+        """Returns every `size`-th image."""
+        return Shard(self, rank, size)
 
     def name(self, index: int) -> str:
         """The file of an image where there is one, else its number."""
@@ -99,15 +121,6 @@ class Shard(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.indices[index]]
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Brings values above 255, all of which Pillow would turn white, down to 8 bits."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its 32-bit pixels, mode {image.mode}, may have any range")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
 
 
 def reason(error: BaseException) -> str:

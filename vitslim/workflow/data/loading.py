@@ -120,20 +120,20 @@ class Streamed:
 
     Args:
         loader: timm's, around the stream.
-        dataset: The stream.
+        stream: The images.
         settings: Batch size and seed.
         world: The processes that share the stream.
     """
 
-    def __init__(self, loader: Any, dataset: Any, settings: Settings, world: World) -> None:
-        self.dataset, self.settings, self.rank = dataset, settings, world.rank
-        self.steps = len(dataset) // settings.batch_size
+    def __init__(self, loader: Any, stream: Stream, settings: Settings, world: World) -> None:
+        self.dataset, self.settings, self.rank = stream.dataset, settings, world.rank
+        self.steps = len(stream.dataset) // settings.batch_size
         self.erasing = _seed_erasing(loader, settings.seed, _dealt(settings, world))
         # The workers are fresh in every epoch, and take their seeds from this generator.
         self.generator = torch.Generator()
         self.loader = around(
             loader,
-            Stream(dataset, settings.data, skip=settings.bad_images == "skip"),
+            stream,
             batch_size=settings.batch_size,
             drop_last=True,
             generator=self.generator,

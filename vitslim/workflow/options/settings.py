@@ -25,6 +25,10 @@ class Settings:
     data_dir: str | None = option(None, "where a timm dataset lives", free=True)
     train_split: str = option("train", "split of a timm dataset to train on")
     val_split: str = option("validation", "split of a timm dataset to evaluate on")
+    input_key: str | None = option(
+        None, "column of a timm dataset with the images [the only one of images]"
+    )
+    target_key: str | None = option(None, "column with the labels [label, or the only one of them]")
     train_num_samples: int | None = option(
         None, "images of a training stream of unknown length", least=1
     )
@@ -201,6 +205,8 @@ OF_THE_RUN = (
     "data_dir",
     "train_split",
     "val_split",
+    "input_key",
+    "target_key",
     "train_num_samples",
     "val_num_samples",
     "synthetic",

@@ -76,8 +76,19 @@ def kept_tokens(plan: Plan, sizes: Sizes) -> list[list[int]] | None:
     return rows if rows and len(rows[-1]) < sizes.patches else None
 
 
-def grid_of(patches: int, img_size: Any) -> tuple[int, int]:
-    """Finds how many patches an image has per column and per row, assuming square patches."""
+def grid_of(patches: int, img_size: Any, patch_size: Any = None) -> tuple[int, int]:
+    """Finds how many patches an image has per column and per row.
+
+    Args:
+        patches: How many it has.
+        img_size: One number or [height, width], where it is known.
+        patch_size: The same of a patch; squares where it is not known.
+    """
+    if img_size and patch_size:
+        whole, part = _pair(img_size), _pair(patch_size)
+        rows, columns = whole[0] // part[0], whole[1] // part[1]
+        if rows * columns == patches:
+            return rows, columns
     if isinstance(img_size, Sequence) and len(img_size) >= 2:
         height, width = img_size[-2:]
         side = math.sqrt(height * width / patches)
@@ -86,6 +97,11 @@ def grid_of(patches: int, img_size: Any) -> tuple[int, int]:
             return rows, columns
     side = math.isqrt(patches)
     return (side, side) if side * side == patches else (1, patches)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size[-2:] if isinstance(size, Sequence) else (size, size)
+    return int(height), int(width)
 
 
 def scores(masks: Masks) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from ...files import atomic_write
+from ..image_size import pixels
 from . import pictures, story
 from .record import Record, read_record
 
@@ -75,12 +76,11 @@ def _name(record: Record) -> str:
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
     size, seconds = summary.get("img_size"), summary.get("seconds")
-    height, width = size[-2:] if isinstance(size, list) else (size, size)
     parts = []
     if summary.get("data"):
         parts.append(f"data: {summary['data']}")
-    if height and width:
-        parts.append(f"images of {height} x {width} pixels")
+    if size:
+        parts.append(f"images of {pixels(size)}")
     if seconds:
         amount = f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
         parts.append(f"the whole run took {amount}")

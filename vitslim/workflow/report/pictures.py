@@ -102,8 +102,10 @@ def section(record: Record, name: str, plan: Plan) -> Section:
         alt = f"Bars of the MLP hidden units kept per layer for {name}"
         widths.append(Picture(f"mlp-{slug}.png", content, alt, caption))
     if patches := kept.kept_tokens(plan, sizes):
-        img_size = record.summary.get("img_size") or plan.base.get("args", {}).get("img_size")
-        grid = kept.grid_of(sizes.patches or 0, img_size)
+        # Of an oblong image, an older summary tells the height alone.
+        model = plan.base.get("args", {})
+        img_size = model.get("img_size") or record.summary.get("img_size")
+        grid = kept.grid_of(sizes.patches or 0, img_size, model.get("patch_size"))
         caption = (
             f"Each square is the image, cut into {grid[0]} x {grid[1]} patches, as one layer sees "
             "it; it is the same for every image. A dropped patch stays away from all later "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import VitslimError
 from ..data.batches import image_statistics
+from ..image_size import pixels
 from ..latency import input_shape
 from ..options.settings import Settings
 
@@ -192,7 +193,7 @@ class Teacher(nn.Module):
         else:
             raise VitslimError(
                 f"The teacher {type(self.model).__name__} cannot take the student's images of "
-                f"{'x'.join(map(str, shape))} ({reason}): take another teacher."
+                f"{shape[0]} channels and {pixels(shape)} ({reason}): take another teacher."
             )
         if answer.ndim != 2:
             raise VitslimError(
@@ -200,8 +201,9 @@ class Teacher(nn.Module):
                 "instead of one row: take a teacher with global pooling."
             )
         if self.size is not None:
-            sizes = [f"{height}x{width}" for height, width in (shape[1:], self.size)]
-            self.note = f"the teacher sees images resized from {sizes[0]} to {sizes[1]}"
+            self.note = (
+                f"the teacher sees images resized from {pixels(shape)} to {pixels(self.size)}"
+            )
         return int(answer.shape[1])
 
 
