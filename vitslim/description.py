@@ -97,6 +97,9 @@ def build(told: Mapping[str, Any], **changes: Any) -> Any:
     for group in told.get("tied") or ():
         _tie(model, group)
     _cast(model, told.get("dtypes") or {})
+    # As a timm of today records it, for `describe`.
+    made = {name: value for name, value in told.items() if value is not None}
+    model._model_args = {**getattr(model, "_model_args", {}), **made}
     return model
 
 

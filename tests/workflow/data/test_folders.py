@@ -1,9 +1,11 @@
 """Image folders and tars: every kind of image that Pillow reads, and what is passed over."""
 
 import logging
+import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -138,3 +140,25 @@ def test_a_tar_within_a_tar_is_read_and_listed(images: Path, caplog) -> None:
 )
 def test_hidden_names(name: str, is_hidden: bool) -> None:
     assert hidden(name) == is_hidden
+
+
+def test_a_link_in_a_circle_is_refused_and_other_links_are_followed(images: Path) -> None:
+    (images / "train/dark").rename(images / "away")
+    (images / "train/dark").symlink_to("../away")
+    assert _open(images).num_classes == 2
+    (images / "away/up").symlink_to("../train")
+    with pytest.raises(VitslimError, match=r"dark/up is a link to a folder that it lies in"):
+        _open(images)
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(images: Path, monkeypatch: Any) -> None:
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("val/dark"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(VitslimError, match=r"val/dark cannot be read \(Permission denied\)"):
+        _open(images)

@@ -26,9 +26,10 @@ class Folder:
     def __init__(self, place: Path) -> None:
         self.passed = Passed(f"folder:{place}")
         found, read = list[tuple[str, str]](), endings()
-        for name, inner, files in os.walk(place, followlinks=True):
+        for name, inner, files in os.walk(place, onerror=_refuse, followlinks=True):
             inner[:] = [each for each in inner if not hidden(each)]
             folder = Path(name)
+            _refuse_a_circle(folder, inner)
             relative, before = folder.relative_to(place), len(found)
             for file in files:
                 if hidden(file):
@@ -169,5 +170,25 @@ def _members(tar: tarfile.TarFile, above: PurePosixPath) -> Iterator[tuple[PureP
 
 
 def _numbered(labels: set[str]) -> dict[str, int]:
-    """Numbers classes by name, as timm does."""
-    return {label: number for number, label in enumerate(sorted(labels, key=natural_key))}
+    """Numbers classes by name, as timm does.
+
+    The name itself decides between "1" and "01" or "a" and "A", which are equal to timm and would
+    come in another order in another process.
+    """
+    ordered = sorted(labels, key=lambda label: (natural_key(label), label))
+    return {label: number for number, label in enumerate(ordered)}
+
+
+def _refuse(error: OSError) -> None:
+    raise VitslimError(
+        f"{error.filename} cannot be read ({error.strerror}): allow it to be read, or move it away."
+    ) from error
+
+
+def _refuse_a_circle(folder: Path, inner: list[str]) -> None:
+    """Refuses a link to a folder that it lies in, which would be walked through for ever."""
+    for each in inner:
+        link = folder / each
+        above = (each.resolve() for each in (folder, *folder.parents))
+        if link.is_symlink() and link.resolve() in above:
+            raise VitslimError(f"{link} is a link to a folder that it lies in: remove the link.")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...errors import VitslimError
 from ..data.batches import Data
 from ..options.settings import Settings
 from .interrupt import Interrupted, interrupted
@@ -37,6 +38,8 @@ def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> 
     finally:
         model.train(was_training)
     total_right, total_seen = world.total([float(right), seen])
+    if not total_seen:
+        raise VitslimError(f"{settings.data} has no image that can be read to evaluate on.")
     return 100 * total_right / total_seen
 
 
