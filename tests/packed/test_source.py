@@ -1,7 +1,6 @@
 """The source stays the truth: its state dict, its changes, its attributes."""
 
 import copy
-import io
 
 import pytest
 import timm
@@ -122,7 +121,8 @@ def test_without_its_source_the_weights_are_held_once():
     model = slimmed("DeiT-III")
     packed, x = vitslim.pack(model, keep_source=False), photographs(model)
     assert_same(packed, model, x)
-    assert all(parameter.is_meta for parameter in packed.source.parameters())
+    for name, parameter in packed.source.named_parameters():
+        assert parameter.is_meta != name.startswith("head")
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert vitslim.cost(packed) == vitslim.cost(model)
     state = model.state_dict()
@@ -154,12 +154,6 @@ def test_deepcopy_is_independent(keep_source):
     if keep_source:
         twin.source.head.bias.data.add_(1)
         torch.testing.assert_close(twin(x), expected + 1)
-
-
-def test_pickles_nothing():
-    packed = vitslim.pack(make())
-    with pytest.raises(vitslim.VitslimError, match=r"not pickled: vitslim\.save"):
-        torch.save(packed, io.BytesIO())
 
 
 def test_it_passes_for_the_model_it_was_made_of(tmp_path):

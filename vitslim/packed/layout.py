@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..errors import VitslimError
 from ..layers import SlimAttention
 from ..ops import pack_weight
 from ..ops.packed_linear import ACTIVATIONS, PANEL, panel_elements
@@ -20,19 +21,17 @@ VERSION = 1
 
 
 class PackedArrays(NamedTuple):
-    """The arrays that `ops.vit_encoder` takes, and the tokens that the last block keeps.
+    """The arrays that `ops.vit_encoder` takes.
 
     Attributes:
         vectors: float32, 1-D.
         panels: float32 or bfloat16, 1-D.
         layout: int64, 1-D.
-        kept: Tokens after the last block, None where no block drops any.
     """
 
     vectors: Tensor
     panels: Tensor
     layout: Tensor
-    kept: int | None
 
 
 @torch.no_grad()
@@ -50,17 +49,15 @@ def packed_arrays(model: VisionTransformer, dtype: torch.dtype) -> PackedArrays:
     layout += [*(int(norm) for norm in norms), len(model.blocks)]
     vectors = _norm(model.norm_pre, conv.weight) if norms[0] else []
     weights = [conv.weight.flatten(1)]
-    kept = None
     for block in model.blocks:
         gate, rows = _tokens(block)
         attn, mlp = block.attn, block.mlp
         head_dims = _head_dims(attn)
         function = ACTIVATIONS.index(activation(mlp.act) or "none")
-        layout += [len(head_dims), mlp.fc1.out_features, function]
+        layout += [len(head_dims), len(mlp.fc1.weight), function]
         layout += [int(rows is not None), int(gate is not None), len(rows or ()), *head_dims]
         layout += rows or ()
-        kept = kept if rows is None else len(rows)
-        eps = conv.weight.new_tensor([attn.scale, block.norm1.eps, block.norm2.eps])
+        eps = conv.weight.new_tensor([_softmax_scale(attn), block.norm1.eps, block.norm2.eps])
         vectors += [eps, *_norm(block.norm1, eps)[1:], _bias(attn.qkv), _bias(attn.proj)]
         vectors += [_scale(block.ls1, attn.proj), *_norm(block.norm2, eps)[1:], _bias(mlp.fc1)]
         vectors += [_bias(mlp.fc2), _scale(block.ls2, mlp.fc2)]
@@ -69,9 +66,16 @@ def packed_arrays(model: VisionTransformer, dtype: torch.dtype) -> PackedArrays:
     vectors += _norm(model.norm, conv.weight) if norms[1] else []
     padded = [F.pad(each.detach(), (0, -each.numel() % PANEL)) for each in vectors]
     empty = conv.weight.new_empty(0)
-    return PackedArrays(
-        torch.cat([*padded, empty]), _panels(weights, dtype), torch.tensor(layout), kept
-    )
+    return PackedArrays(torch.cat([*padded, empty]), _panels(weights, dtype), torch.tensor(layout))
+
+
+def tokens_kept(model: VisionTransformer) -> int | None:
+    """Returns how many tokens the last block returns, None where no block drops any."""
+    kept = None
+    for block in model.blocks:
+        rows = _tokens(block)[1]
+        kept = kept if rows is None else len(rows)
+    return kept
 
 
 @torch.no_grad()
@@ -88,7 +92,14 @@ def start_tokens(model: VisionTransformer, size: tuple[int, int] | None = None) 
     # As in eval mode, without touching the mode of a model that may be at work elsewhere.
     quiet = copy.copy(model)
     vars(quiet)["_modules"] = {**model._modules, "pos_drop": nn.Identity()}
-    x = quiet._pos_embed(tokens.flatten(1, 2) if patches.flatten else tokens.contiguous())
+    try:
+        x = quiet._pos_embed(tokens.flatten(1, 2) if patches.flatten else tokens.contiguous())
+    # Whatever timm and torch say of positions that were put in and do not fit.
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise VitslimError(
+            f"this model cannot be packed: its positions do not fit its patches ({error}); call "
+            "model.set_input_size, which resizes them"
+        ) from error
     return x[0].detach().clone()
 
 
@@ -111,7 +122,13 @@ def _tokens(block: nn.Module) -> tuple[Tensor | None, list[int] | None]:
 def _head_dims(attn: Any) -> list[int]:
     if isinstance(attn, SlimAttention):
         return list(attn.head_dims)
-    return [attn.qkv.out_features // 3 // attn.num_heads] * attn.num_heads
+    return [len(attn.qkv.weight) // 3 // attn.num_heads] * attn.num_heads
+
+
+def _softmax_scale(attn: Any) -> float:
+    # torch's kernel, which timm's fused attention is, is not told of `scale`.
+    told = isinstance(attn, SlimAttention) or not attn.fused_attn
+    return float(attn.scale if told else attn.head_dim**-0.5)
 
 
 def _norm(norm: nn.LayerNorm, like: Tensor) -> list[Tensor]:
@@ -129,7 +146,7 @@ def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 def _scale(scale: nn.Module, layer: nn.Linear) -> Tensor:
     gamma = getattr(scale, "gamma", None)
-    return layer.weight.new_ones(layer.out_features) if gamma is None else gamma
+    return layer.weight.new_ones(len(layer.weight)) if gamma is None else gamma
 
 
 def _panels(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
