@@ -134,7 +134,9 @@ def test_methods_that_need_the_weights_say_that_they_are_forgotten():
 
 def test_a_slim_model_is_cut_for_its_size():
     packed, model, _ = packed_of(True, "slim")
-    model.set_input_size((64, 64))
+    with pytest.raises(vitslim.VitslimError, match="then plan again"):
+        packed.set_input_size((64, 64))
+    model.patch_embed.set_input_size((64, 64))
     with pytest.raises(vitslim.VitslimError, match="and 64 arrive; slim a model for images of"):
         packed(images(model))
 
