@@ -333,6 +333,31 @@ def test_functional_call_takes_other_weights(stage):
 
 
 @pytest.mark.parametrize("stage", ["masked", "slim"])
+def test_torch_func_differentiates_for_each_image(stage):
+    model = stages()[stage]
+    weights, x = dict(model.named_parameters()), images(model)
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, image[None]).square().sum()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    total = torch.autograd.grad(model(x).square().sum(), list(weights.values()))
+    for each, want in zip(per_image.values(), total, strict=True):
+        torch.testing.assert_close(each.sum(0), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_whose_forward_was_replaced_is_refused():
+    masked = stages()["masked"]
+    plan = vitslim.threshold(masked, "macs=60%")
+    for part in ("blocks.0", "blocks.0.attn", "blocks.0.mlp"):
+        dense = make("DeiT")
+        dense.get_submodule(part).forward = lambda x: x
+        for call in (vitslim.mask, lambda model: vitslim.slim(model, plan)):
+            with pytest.raises(vitslim.VitslimError, match="has a forward of its own"):
+                call(dense)
+
+
+@pytest.mark.parametrize("stage", ["masked", "slim"])
 def test_models_with_adapters_compile_in_one_graph(stage):
     model = replaced(stages(depth=2)[stage], "mlp.fc2", Lora)
     x = images(model)

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import VitslimError
+
 # What modules of timm and torch set on themselves; the new module has its own of these.
 _SETTINGS = {
     *("num_heads", "head_dim", "attn_dim", "scale", "fused_attn"),
@@ -26,7 +28,15 @@ def carry_over(old: nn.Module, new: Any) -> Any:
 
     Returns:
         `new`.
+
+    Raises:
+        VitslimError: Somebody has replaced the old one's forward, which the new one cannot run.
     """
+    if "forward" in vars(old):
+        raise VitslimError(
+            f"a {type(old).__name__} of the model has a forward of its own, which cannot be masked "
+            "or cut; delete that attribute, or leave the block alone with `skip`"
+        )
     for name, value in vars(old).items():
         if "_hooks" in name and value:
             vars(new)[name] = type(value)({**vars(new)[name], **value})

@@ -47,7 +47,7 @@ def fused(layer: str, x: Tensor) -> bool:
     # While torch.fx traces there is no device to ask, and a graph of plain torch runs anywhere.
     if isinstance(x, Proxy):
         return False
-    return _runs(layer, x.device.type, x.dtype) and not _exporting()
+    return _runs(layer, x.device.type, x.dtype) and not (_exporting() or _transforming())
 
 
 @torch.compiler.assume_constant_result
@@ -58,4 +58,14 @@ def _runs(layer: str, device_type: str, dtype: torch.dtype) -> bool:
 
 def _exporting() -> bool:
     """Returns whether the model is being exported, when only ATen operators may appear."""
-    return is_exportable() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    if is_exportable() or torch.compiler.is_exporting():
+        return True
+    # The older ONNX exporter traces. Asking it costs 2 us, more than all the rest of a decision.
+    return bool(torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
+
+
+def _transforming() -> bool:
+    """Returns whether torch.func is at work (grad, vmap, jvp), which knows ATen operators only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
