@@ -23,7 +23,7 @@ run: $(VENV)/.built
 	@echo "report: $(OUTPUT)/report/index.html"
 
 # How many processes share the tests' files, each with one thread; 0 for none but pytest itself.
-JOBS ?= auto
+JOBS ?= logical
 # A process may take 2 GB, so no more than some.
 PYTEST = $(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
   -p no:benchmark
