@@ -174,6 +174,15 @@ def test_such_a_dense_model_can_be_masked_but_not_cut(part, change):
         vitslim.save(masked, "nowhere")
 
 
+def test_a_pruned_norm_carries_no_gates():
+    model = make("DeiT")
+    prune.l1_unstructured(model.blocks[1].norm1, "weight", 0.5)
+    with pytest.raises(vitslim.VitslimError, match=r"blocks\.1 has no token mask .* is pruned"):
+        vitslim.mask(model)
+    masked = vitslim.mask(model, skip=["blocks.1.tokens"], token_start="one")
+    torch.testing.assert_close(masked(images(model)), model(images(model)))
+
+
 @pytest.mark.parametrize("stage", ["masked", "slim"])
 @torch.no_grad()
 def test_hooks_on_any_linear_fire_and_may_change_its_output(stage):

@@ -13,6 +13,8 @@ def why_not_norm(module: nn.Module) -> str | None:
         return f"its norm is a {type(module).__name__}, not a LayerNorm"
     if module.weight is None or module.bias is None:
         return "its norm has no weight or no bias"
+    if {"weight", "bias"} - module._parameters.keys():
+        return "its norm is pruned or parametrized; make its weight and bias parameters again"
     return None
 
 
