@@ -2,12 +2,14 @@
 
 import copy
 import functools
+from types import MethodType
 
 import pytest
 import torch
 from pack_cases import slimmed
 from test_surgery import make
 from timm.layers import DropPath, LayerNorm, RmsNorm
+from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune
@@ -26,6 +28,11 @@ class Lora(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
+
+
+class Shifted(VisionTransformer):
+    def pool(self, x, pool_type=None):
+        return x[:, 3]
 
 
 class Doubled(nn.Module):
@@ -110,9 +117,23 @@ OF_THE_HEAD = {
     "the head frozen": lambda model: model.head.requires_grad_(False),
     "another pool": lambda model: setattr(model, "global_pool", "avg"),
     "the number of classes": lambda model: setattr(model, "num_classes", 5),
+    "another forward of the head": lambda model: setattr(model.head, "forward", lambda x: 2 * x),
+    "the head's own other forward": lambda model: setattr(
+        model.head, "forward", MethodType(lambda self, x: 3 * x @ self.weight.T, model.head)
+    ),
+    "spectral norm": lambda model: nn.utils.spectral_norm(model.head),
     "a note": lambda model: setattr(model, "note", ["kept"]),
     "a tensor kept": lambda model: setattr(model, "kept", 2 * model.head.weight),
     "checkpointing": lambda model: model.set_grad_checkpointing(),
+}
+
+# The same, of a model that pools by attention.
+OF_A_POOL = {
+    "its norm's eps": lambda model: setattr(model.attn_pool.norm, "eps", 1.0),
+    "its latent": lambda model: model.attn_pool.latent.mul_(3),
+    "a hook in it": lambda model: model.attn_pool.mlp.register_forward_hook(lambda m, a, y: 3 * y),
+    "a layer of it": put("attn_pool.mlp.fc1", Lora),
+    "average pooling": lambda model: model.reset_classifier(0, "avg"),
 }
 
 # What the next call does as well; without the source it says that it cannot.
@@ -208,6 +229,36 @@ REFUSED = {
         lambda model: setattr(model.blocks[0].mlp.fc1, "bias", parameter(5)),
         "its layers do not fit each other",
     ),
+    "no norm at all": (lambda model: setattr(model, "norm", None), "it has no norm; put one there"),
+    "no head at all": (lambda model: delattr(model, "head"), "it has no head; put one there"),
+    "a head of torch.jit": (
+        put("head", torch.jit.script),
+        r"made by torch\.jit\.script, of which there is no copy",
+    ),
+    "scales that do not fit": (
+        put("blocks.0.ls1", lambda _: LayerScale(1)),
+        "its ls1 does not have 24 values",
+    ),
+    "prefix tokens that are not there": (
+        lambda model: setattr(model, "num_prefix_tokens", 3),
+        "its positions do not fit its patches .17 tokens for 16 patches",
+    ),
+    "images of another size": (
+        lambda model: setattr(model.patch_embed, "img_size", (64, 64)),
+        "its positions do not fit its patches .17 tokens for 64 patches",
+    ),
+    "steps of another size": (
+        lambda model: setattr(model.patch_embed.proj, "stride", (4, 4)),
+        "not those of a plain convolution",
+    ),
+    "heads that do not fit": (
+        lambda model: setattr(model.blocks[0].attn, "num_heads", 6),
+        "its layers do not fit each other",
+    ),
+    "another class": (
+        lambda model: setattr(getattr(model, "source", model), "__class__", Shifted),
+        "its pool is not timm's",
+    ),
     "as a half": (lambda model: model.half(), "float16"),
     "a block as a half": (lambda model: model.blocks[1].half(), "float16"),
     "as doubles": (lambda model: model.double(), "float64"),
@@ -262,14 +313,15 @@ def assert_says(packed, model, x):
 @pytest.mark.parametrize("through", ["source", "packed"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_followed(name, through, stage):
-    model = built(stage)
+    model = built(stage).train()
     packed, x = vitslim.pack(model), images(model)
     packed(x)
-    model.train()
     changed(CHANGES[name], packed if through == "packed" else model)
     modes = {module: module.training for module in model.modules()}
+    first = packed(x)
+    assert packed.source is model
     assert_says(packed, model, x)
-    assert_says(packed, model, x)
+    assert torch.equal(packed(x), first)
     assert all(module.training == mode for module, mode in modes.items())
 
 
@@ -289,6 +341,18 @@ def test_without_the_source_the_head_can_be_changed(name, stage):
     else:
         changed(CHANGES[name], model)
         torch.testing.assert_close(after, said_by(model, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("through", ["source", "packed"])
+@pytest.mark.parametrize("name", OF_A_POOL)
+def test_a_change_of_the_pool_is_followed(name, through):
+    model = make("attention pool")
+    packed, x = vitslim.pack(model), images(model)
+    before = packed(x)
+    changed(OF_A_POOL[name], packed if through == "packed" else model)
+    after = packed(x)
+    assert packed.source is model and not torch.equal(after, before)
+    assert_says(packed, model, x)
 
 
 @pytest.mark.parametrize("name", CHANGES)

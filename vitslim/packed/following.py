@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import VitslimError
 from ..wrapped import copy_of
-from .packable import ENCODED, check_encoded, check_tensors, check_whole
-from .twins import Twins
+from .packable import ENCODED, check_encoded, check_heads, check_tensors, check_whole
+from .twins import Twins, skeleton
 from .watch import EncoderWatch, HeadWatch
 
 ARRAYS = ("start", "vectors", "panels", "layout")
@@ -35,8 +35,10 @@ class Following(nn.Module):
     """What it has not itself is its source's; what is put into it goes there.
 
     Modules that are not encoded are the source's head: they are here as twins in eval mode, with
-    the source's tensors and hooks. Before a call, what was put into the twins is put into the
-    source, and what has changed in the source is made again here.
+    the source's tensors and hooks. Before a call, or when somebody asks for the source, what was
+    put into the twins is put into the source; then, what has changed in the source is made again
+    here. What took another's place in a twin works at once and is the source's as soon as that is
+    asked for.
 
     Args:
         model: The source.
@@ -65,13 +67,14 @@ class Following(nn.Module):
         """Makes all anew for a model, which or whose skeleton is the source from now on."""
         check_whole(model)
         check_tensors(model)
-        check_encoded(model)
         # Looked at first, so that what another thread changes meanwhile is seen at the next call.
         watch = EncoderWatch(model)
+        check_encoded(model)
+        check_heads(model)
         # What is made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             arrays = self._make_arrays(model)
-            source = model if self._keep_source else _skeleton(model)
+            source = model if self._keep_source else skeleton(model)
         # Not as a submodule: neither `parameters` nor torch.export shall see it.
         self.__dict__["_source"] = source
         self._buffers = arrays
@@ -81,17 +84,12 @@ class Following(nn.Module):
     def _take_head(self) -> None:
         """Makes anew what does not depend on the encoder."""
         check_whole(self._source)
+        check_heads(self._source)
         watch, twins = HeadWatch(self._source), Twins()
+        children = self._source._modules.items()
         with torch.inference_mode(False), torch.no_grad():
-            head = {
-                name: twins.of(child)
-                for name, child in self._source._modules.items()
-                if name not in ENCODED
-            }
-        watch.add(twins.parameters())
-        for name, child in head.items():
-            if child is not None:
-                _check_head(name, child)
+            head = {name: twins.of(child) for name, child in children if name not in ENCODED}
+        watch.add(twins.modules(), twins.parameters())
         self._make_facts(self._source)
         # Each in one step, for a thread that is just taking them.
         self._modules = head
@@ -292,27 +290,3 @@ class Following(nn.Module):
         memo.setdefault(id(self._source), copy_of(self._source))
         twin.__setstate__(copy.deepcopy(state, memo))
         return twin
-
-
-def _check_head(name: str, head: nn.Module) -> None:
-    for tensor in (*head.parameters(), *head.buffers()):
-        if tensor.device.type != "cpu":
-            raise VitslimError(
-                f"{name} is on {tensor.device}, and packed models run on the CPU: put another in "
-                f"its place, such as packed.{name} = nn.Linear(...)"
-            )
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise VitslimError(f"{name} is {tensor.dtype}: call .float() on it")
-
-
-def _skeleton(model: nn.Module) -> Any:
-    """Returns the model with the encoder's parameters on "meta" and with a head of its own."""
-    heads = (child for name, child in model.named_children() if name not in ENCODED)
-    kept = {id(each) for head in heads for each in head.parameters()}
-
-    def own(parameter: Tensor) -> nn.Parameter:
-        like = parameter.detach()
-        like = like.clone() if id(parameter) in kept else torch.empty_like(like, device="meta")
-        return nn.Parameter(like, parameter.requires_grad)
-
-    return Twins(own, alone=True).of(model)

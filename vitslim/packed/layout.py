@@ -18,6 +18,8 @@ from ..ops.packed_linear import ACTIVATIONS, PANEL, panel_elements
 from .packable import activation, is_identity
 
 VERSION = 1
+_POSITIONS = "this model cannot be packed: its positions do not fit its patches"
+_RESIZE = "call model.set_input_size, which resizes them"
 
 
 class PackedArrays(NamedTuple):
@@ -39,7 +41,7 @@ def packed_arrays(model: VisionTransformer, dtype: torch.dtype) -> PackedArrays:
     """Writes a model as arrays.
 
     Args:
-        model: One that `check_packable` lets through.
+        model: One that packable.py lets through.
         dtype: Of the panels.
     """
     conv = model.patch_embed.proj
@@ -92,14 +94,15 @@ def start_tokens(model: VisionTransformer, size: tuple[int, int] | None = None) 
     # As in eval mode, without touching the mode of a model that may be at work elsewhere.
     quiet = copy.copy(model)
     vars(quiet)["_modules"] = {**model._modules, "pos_drop": nn.Identity()}
+    height, width = patches.img_size if size is None else size
+    covered = (height // patches.patch_size[0]) * (width // patches.patch_size[1])
     try:
         x = quiet._pos_embed(tokens.flatten(1, 2) if patches.flatten else tokens.contiguous())
     # Whatever timm and torch say of positions that were put in and do not fit.
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise VitslimError(
-            f"this model cannot be packed: its positions do not fit its patches ({error}); call "
-            "model.set_input_size, which resizes them"
-        ) from error
+        raise VitslimError(f"{_POSITIONS} ({error}); {_RESIZE}") from error
+    if x.shape[1] != model.num_prefix_tokens + covered:
+        raise VitslimError(f"{_POSITIONS} ({x.shape[1]} tokens for {covered} patches); {_RESIZE}")
     return x[0].detach().clone()
 
 

@@ -40,10 +40,11 @@ def pack(
         keep_source: Keep `model` beside the packed weights, for `state_dict` and the methods of
             timm that run single blocks, and follow it: any change of its tensors, modules, hooks
             and settings is noticed at the next call, which packs again, or says why it cannot.
-            That look takes up to 0.3 ms, which keep_source=False saves. Two changes need a call of
-            `repack`: those of a single tensor through `parameter.data` in place, which torch does
-            not count, and any before a call of a graph made by torch.compile, which cannot look.
-            Without the source, drop your own reference too, and the weights are held once.
+            That look takes up to 0.3 ms, which keep_source=False saves. Call `repack` after
+            changing a single tensor in place where torch does not count it (`parameter.data`,
+            numpy), after putting another tensor into a `bias.data`, and after any change before a
+            graph made by torch.compile, which cannot look. Without the source, drop your own
+            reference too, and the weights are held once; the head can still be changed.
 
     Raises:
         VitslimError: The model cannot be packed; the sentence says why.
@@ -69,6 +70,7 @@ class _Facts(NamedTuple):
     Attributes:
         kind: Its class.
         size: Of its images, None if it takes any.
+        own_size: Of the images that it was made for.
         patch: Height and width.
         channels: Of the images.
         kept: How many tokens the last block returns, None for all.
@@ -91,10 +93,12 @@ class PackedVisionTransformer(Following):
 
     It passes for the timm model that it was made of, its source. What it has not itself is the
     source's, whatever is set on it is set on the source, and methods such as `reset_classifier` are
-    the source's: the next call does what the source does then, or raises. Its own are its hooks,
-    names that start with an underscore, and its head: modules that share tensors and hooks with the
-    source's, in eval mode, of the last call. These are what `children`, `modules` and `parameters`
-    give, without gradients; a hook on the head gets them too. Its buffers are what
+    the source's: the next call does what the source does then in eval mode, or raises.
+
+    Its own are its hooks, names that start with an underscore, and the modules of its head. These
+    share tensors and hooks with the source's and are in eval mode; what is put into them goes to
+    the source's. They are what `children`, `modules` and `parameters` give, without gradients and
+    as they were at the last call, and what a hook on the head is given. Its buffers are what
     `ops.vit_encoder` takes. It can be copied and pickled, and then brings its source.
 
     Attributes:

@@ -21,6 +21,7 @@ from ..ops.packed_linear import ACTIVATIONS
 
 # The parts of a model that the arrays stand for; all others are the head's and stay timm's.
 ENCODED = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm")
+_HEAD = ("fc_norm", "head_drop", "head")
 # Settings of the model itself that the arrays depend on.
 ENCODED_SETTINGS = ("dynamic_img_size", "no_embed_class", "num_prefix_tokens")
 # What does nothing in eval mode, so that its settings do not matter.
@@ -37,13 +38,6 @@ _NORMS = (
 _INSTEAD = "use the model as it is"
 
 
-def check_packable(model: nn.Module) -> None:
-    """Raises one sentence with the reason where a model cannot be packed."""
-    check_whole(model)
-    check_tensors(model)
-    check_encoded(model)
-
-
 def check_whole(model: nn.Module) -> None:
     """Raises where it is not a model of timm's that computes what timm's classes say."""
     family_of(model, "packed").check(model, done="packed")
@@ -57,15 +51,22 @@ def check_whole(model: nn.Module) -> None:
         timms = [getattr(each, name) for each in (VisionTransformer, VisionTransformerDistilled)]
         if name in vars(model) or getattr(type(model), name) not in timms:
             _refuse(kind, f"its {name} is not timm's")
+    for name in (*ENCODED, *_HEAD):
+        if not isinstance(getattr(model, name, None), nn.Module):
+            _refuse(kind, f"it has no {name}", "put one there, which may be an nn.Identity")
     if hasattr(model, "parametrizations"):
         _refuse(kind, "it has a parametrization of its own", "make it permanent first")
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Raises where a tensor is not float32 on the CPU."""
+    """Raises where a tensor is not a plain one in float32 on the CPU."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             _refuse("this model", f"{name} has no values yet", "run the model once first")
+        part = name.partition(".")[0]
+        if type(tensor) not in (torch.Tensor, nn.Parameter) and (part == name or part in ENCODED):
+            why = f"{name} is a {type(tensor).__name__}, not a plain tensor"
+            _refuse("this model", why, "pack it anew if it was sharded since, else use it as it is")
         if tensor.device.type != "cpu":
             where = f"{name} is on {tensor.device}, and packed models run on the CPU"
             _refuse("this model", where, "call model.cpu() first")
@@ -98,6 +99,26 @@ def check_encoded(model: VisionTransformer) -> None:
     for index, block in enumerate(model.blocks):
         _check_block(f"blocks.{index}", block, width)
         arriving = _check_tokens(f"blocks.{index}", block, arriving, model.num_prefix_tokens)
+
+
+def check_heads(model: nn.Module) -> None:
+    """Raises where a part that is not encoded cannot be run in eval mode on the CPU."""
+    for name, head in model.named_children():
+        if name in ENCODED:
+            continue
+        if any(isinstance(module, torch.jit.ScriptModule) for module in head.modules()):
+            raise VitslimError(
+                f"{name} was made by torch.jit.script, of which there is no copy in eval mode: put "
+                "the module itself there"
+            )
+        for tensor in (*head.parameters(), *head.buffers()):
+            if tensor.device.type != "cpu":
+                raise VitslimError(
+                    f"{name} is on {tensor.device}, and packed models run on the CPU: put another "
+                    f"in its place, such as packed.{name} = nn.Linear(...)"
+                )
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise VitslimError(f"{name} is {tensor.dtype}: call .float() on it")
 
 
 def activation(module: nn.Module) -> str | None:
@@ -179,9 +200,10 @@ def _check_block(place: str, block: Any, width: int) -> None:
         _check_norm(f"{place}.{name}", getattr(block, name), width)
     for name in ("ls1", "ls2"):
         scale = getattr(block, name)
-        known_kind = type(scale) in (nn.Identity, LayerScale)
-        if not (known_kind and _is_vector(getattr(scale, "gamma", None), width)):
+        if type(scale) not in (nn.Identity, LayerScale):
             _refuse(place, f"its {name} is a {_named(scale, 'LayerScale')}")
+        if not _is_vector(getattr(scale, "gamma", None), width):
+            _refuse(place, f"its {name} does not have {width} values")
     for part, name in ((attn, "attn_drop"), (attn, "proj_drop"), (mlp, "drop1"), (mlp, "drop2")):
         _check_silent(place, name, getattr(part, name))
     for name in ("drop_path1", "drop_path2"):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .packable import ENCODED
+
 # What a module keeps its tensors and children in.
 KINDS = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
@@ -51,8 +53,6 @@ class Twins:
             return None
         if id(module) in self._pairs:
             return self._pairs[id(module)].twin
-        if isinstance(module, torch.jit.ScriptModule):  # it keeps its state in C++
-            return copy.deepcopy(module).eval()
         # Not by copy.copy, which a parametrized module refuses.
         kind: Any = type(module)
         twin = kind.__new__(kind)
@@ -67,6 +67,10 @@ class Twins:
         twin.__dict__.update(state | {"training": False})
         pair.made.update({kind: dict(state[kind]) for kind in KINDS}, settings=dict(vars(twin)))
         return twin
+
+    def modules(self) -> list[nn.Module]:
+        """Returns the twins of all modules."""
+        return [pair.twin for pair in self._pairs.values()]
 
     def parameters(self) -> list[Tensor]:
         """Returns the twins of all parameters."""
@@ -121,6 +125,19 @@ class Twins:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             return value.detach()  # such as an activation, which would keep its graph alive
         return copy.copy(value) if self._alone and isinstance(value, dict | list | set) else value
+
+
+def skeleton(model: nn.Module) -> Any:
+    """Returns the model with the encoder's parameters on "meta" and with a head of its own."""
+    heads = (child for name, child in model.named_children() if name not in ENCODED)
+    kept = {id(each) for head in heads for each in head.parameters()}
+
+    def own(parameter: Tensor) -> nn.Parameter:
+        like = parameter.detach()
+        like = like.clone() if id(parameter) in kept else torch.empty_like(like, device="meta")
+        return nn.Parameter(like, parameter.requires_grad)
+
+    return Twins(own, alone=True).of(model)
 
 
 def _changes(now: dict[str, Any], before: dict[str, Any]) -> Iterator[tuple[str, Any]]:

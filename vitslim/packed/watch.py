@@ -9,18 +9,21 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .packable import ENCODED, ENCODED_SETTINGS, SILENT, encoded
+from .twins import KINDS
 
-# What the arrays hold of the settings of norms, attentions and activations.
-_READ = ("eps", "scale", "fused_attn", "num_heads", "head_dims", "approximate")
-_PLAIN = (type(None), bool, int, float, str, tuple)
+# The settings of parts that the arrays and the facts of a call depend on.
+_READ = (
+    *("eps", "scale", "num_heads", "head_dims", "approximate"),
+    *("stride", "padding", "dilation", "groups"),
+    *("img_size", "patch_size", "grid_size", "flatten", "dynamic_img_pad"),
+)
 # How many vectors are looked at, and how many numbers of each: each costs a cache line.
-_SAMPLES, _NUMBERS = 4, 16
+_SAMPLES, _NUMBERS = 2, 16
 _END = (object(),)
 _version: Callable[[Tensor], int] = attrgetter("_version")
 
@@ -81,7 +84,7 @@ class EncoderWatch:
     """A picture of all that the arrays of a packed model are made of.
 
     Args:
-        model: One that `check_packable` lets through, which has no hooks on these parts.
+        model: One that packable.py lets through, which has no hooks on these parts.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -94,8 +97,7 @@ class EncoderWatch:
         self._children = [dict(each) for each in self._parents]
         holders = [held for each in parts for held in (each._parameters, each._buffers)]
         self._held = _Objects(held for held in holders if held)
-        groups = [[each for each in held.values() if each is not None] for held in holders]
-        self._values = _Values([[each] for each in groups[0]] + groups[1:])
+        self._values = _Values([[each] for each in _tensors(model)] + [*map(_tensors, inner)])
         # A module that is run differently has an attribute more, or has lost its tensors.
         loud = [vars(each) for each in inner if type(each) not in SILENT]
         self._states, self._lengths = loud, list(map(len, loud))
@@ -141,33 +143,57 @@ class HeadWatch:
         heads = (child for name, child in model._modules.items() if name not in ENCODED)
         parts = [module for head in heads if head is not None for module in head.modules()]
         loud = [module for module in parts if type(module) not in SILENT]
-        holders = [held for each in loud for held in (each._parameters, each._buffers)]
-        tensors = [each for held in holders for each in held.values() if each is not None]
-        children = (each._modules for each in loud)
-        states = (vars(each) for each in (model, *parts))
-        self._objects = _Objects([model._modules, *holders, *children, *states])
-        self._tensors: list[Tensor] = []
-        self._places: list[int] = []
-        self.add(tensors)
+        holders = [held for each in loud for held in _read_by(each)]
+        tensors = [each for module in loud for each in _tensors(module)]
+        self._objects = _Objects([vars(model), model._modules, *holders])
+        self._model, self._kind = model, type(model)
+        self._tensors, self._places = tensors, list(map(Tensor.data_ptr, tensors))
+        # A silent one that is run differently has an attribute more.
+        self._sized = [vars(each) for each in parts if type(each) in SILENT]
+        self._sizes = list(map(len, self._sized))
 
-    def add(self, tensors: list[Tensor]) -> None:
-        """Watches where more tensors lie, those of the twins."""
-        self._tensors += tensors
-        self._places += map(Tensor.data_ptr, tensors)
+    def add(self, modules: list[nn.Module], parameters: list[Tensor]) -> None:
+        """Watches twins too, whether they have lost or got a tensor or a child.
+
+        Another one under the same name works at once and need not be noticed, which
+        `torch.func.functional_call` counts on: it lends some, for one call.
+        """
+        self._tensors += parameters
+        self._places += map(Tensor.data_ptr, parameters)
+        loud = [each for each in modules if type(each) not in SILENT]
+        held = [getattr(each, kind) for each in loud for kind in KINDS]
+        self._sized += held
+        self._sizes += map(len, held)
 
     def changed(self) -> bool:
         """Returns whether anything is not as it was."""
         try:
-            places = list(map(Tensor.data_ptr, self._tensors))
-            return places != self._places or self._objects.changed()
+            return (
+                list(map(Tensor.data_ptr, self._tensors)) != self._places
+                or self._objects.changed()
+                or list(map(len, self._sized)) != self._sizes
+                or type(self._model) is not self._kind
+            )
         except (RuntimeError, TypeError):
             return True
 
 
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Returns the tensors that are a module's own."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [each for each in own if each is not None]
+
+
+def _read_by(module: nn.Module) -> list[dict[str, Any]]:
+    """Returns the dictionaries that a module may look into when it runs."""
+    own = [module._parameters, vars(module)]
+    return own if type(module) is nn.Linear else [*own, module._buffers, module._modules]
+
+
 def _settings(module: nn.Module) -> list[str]:
-    """Names the settings of a part that the arrays or the facts depend on."""
+    """Names the settings of a part to look at."""
     own = vars(module)
-    if isinstance(module, PatchEmbed | nn.Conv2d):
-        plain = [name for name, value in own.items() if isinstance(value, _PLAIN)]
-        return [name for name in plain if name != "training" and not name.startswith("_")]
-    return [name for name in _READ if name in own]
+    names = [name for name in _READ if name in own]
+    # A fused attention does not read its scale; the two are the same until that is changed.
+    usual = own.get("head_dim", 1) ** -0.5
+    return [*names, "fused_attn"] if own.get("scale", usual) != usual else names
