@@ -32,6 +32,7 @@ class Family(ABC):
         title: For sentences: which models these are.
         model_types: timm's classes, the most special first.
         block_types: timm's classes of blocks that can be masked or cut.
+        scale_type: timm's class of layer scales.
         kinds: The kinds of masks that make sense, of "attention", "mlp" and "token".
         masked_block: The block with token gates, made of (timm's block, gates).
         slim_block: The block that drops tokens, made of (timm's block, selection).
@@ -42,6 +43,7 @@ class Family(ABC):
     title: ClassVar[str]
     model_types: ClassVar[tuple[type[nn.Module], ...]]
     block_types: ClassVar[tuple[type[nn.Module], ...]]
+    scale_type: ClassVar[type[nn.Module]]
     kinds: ClassVar[tuple[str, ...]]
     masked_block: ClassVar[type[nn.Module]]
     slim_block: ClassVar[type[nn.Module]]
@@ -106,6 +108,10 @@ class Family(ABC):
     @abstractmethod
     def classifiers(self, model: Any) -> tuple[str, ...]:
         """Returns the names of the parts that turn features into classes."""
+
+    @abstractmethod
+    def rows_read(self, model: Any) -> int | None:
+        """Returns how many leading tokens the head reads, None for all."""
 
     @abstractmethod
     def resampled(

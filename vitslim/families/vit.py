@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import VitslimError
@@ -24,7 +24,7 @@ class Vit(Family):
 
     title = "timm's VisionTransformer, that is its vit_* and deit_* models,"
     model_types = (VisionTransformerDistilled, VisionTransformer)
-    block_types = (Block, MaskedBlock, SlimBlock)
+    block_types, scale_type = (Block,), LayerScale
     kinds = ("attention", "mlp", "token")
     masked_block, slim_block = MaskedBlock, SlimBlock
     masked_methods, slim_methods = MaskedVit, SlimVit
@@ -131,6 +131,11 @@ class Vit(Family):
 
     def classifiers(self, model: VisionTransformer) -> tuple[str, ...]:
         return tuple(name for name in ("head", "head_dist") if hasattr(model, name))
+
+    def rows_read(self, model: VisionTransformer) -> int | None:
+        if isinstance(model, VisionTransformerDistilled):
+            return 2
+        return 1 if model.attn_pool is None and model.global_pool == "token" else None
 
     def resampled(
         self, state: Mapping[str, Tensor], model: VisionTransformer, grid: tuple[int, int]

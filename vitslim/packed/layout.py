@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import VitslimError
@@ -37,7 +36,7 @@ class PackedArrays(NamedTuple):
 
 
 @torch.no_grad()
-def packed_arrays(model: VisionTransformer, dtype: torch.dtype) -> PackedArrays:
+def packed_arrays(model: Any, dtype: torch.dtype) -> PackedArrays:
     """Writes a model as arrays.
 
     Args:
@@ -71,7 +70,7 @@ def packed_arrays(model: VisionTransformer, dtype: torch.dtype) -> PackedArrays:
     return PackedArrays(torch.cat([*padded, empty]), _panels(weights, dtype), torch.tensor(layout))
 
 
-def tokens_kept(model: VisionTransformer) -> int | None:
+def tokens_kept(model: Any) -> int | None:
     """Returns how many tokens the last block returns, None where no block drops any."""
     kept = None
     for block in model.blocks:
@@ -81,7 +80,7 @@ def tokens_kept(model: VisionTransformer) -> int | None:
 
 
 @torch.no_grad()
-def start_tokens(model: VisionTransformer, size: tuple[int, int] | None = None) -> Tensor:
+def start_tokens(model: Any, size: tuple[int, int] | None = None) -> Tensor:
     """Returns what the tokens of every image start from, [N, C]: all but the patches' product.
 
     Args:
@@ -106,7 +105,7 @@ def start_tokens(model: VisionTransformer, size: tuple[int, int] | None = None) 
     return x[0].detach().clone()
 
 
-def takes_any_size(model: VisionTransformer) -> bool:
+def takes_any_size(model: Any) -> bool:
     """Returns whether the model takes images of any size, as timm's dynamic_img_size does."""
     dropping = any(_tokens(block)[0] is not None or _tokens(block)[1] for block in model.blocks)
     return bool(model.dynamic_img_size) and not dropping

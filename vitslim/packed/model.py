@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import VitslimError
+from ..families import family_of
 from ..ops import vit_encoder
 from ..wrapped import bare, copy_of, is_sharded
 from .following import ARRAYS, FORGOTTEN, Following
@@ -78,7 +77,7 @@ class _Facts(NamedTuple):
         starts: Start tokens of other sizes than its own.
     """
 
-    kind: type[VisionTransformer]
+    kind: type[nn.Module]
     size: tuple[int, int] | None
     own_size: tuple[int, int]
     patch: tuple[int, int]
@@ -114,7 +113,7 @@ class PackedVisionTransformer(Following):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: nn.Module,
         weights: torch.dtype = torch.float32,
         products: torch.dtype = torch.float32,
         keep_source: bool = True,
@@ -123,12 +122,12 @@ class PackedVisionTransformer(Following):
         self.__dict__.update(_weights=weights, _products=products)
         super().__init__(model, keep_source)
 
-    def _make_arrays(self, model: VisionTransformer) -> dict[str, Tensor]:
+    def _make_arrays(self, model: nn.Module) -> dict[str, Tensor]:
         return dict(
             zip(ARRAYS, (start_tokens(model), *packed_arrays(model, self._weights)), strict=True)
         )
 
-    def _make_facts(self, model: VisionTransformer) -> None:
+    def _make_facts(self, model: nn.Module) -> None:
         patches = model.patch_embed
         size = tuple(patches.img_size)
         self._facts = _Facts(
@@ -138,7 +137,7 @@ class PackedVisionTransformer(Following):
             patch=tuple(patches.patch_size),
             channels=int(patches.proj.weight.shape[1]),
             kept=tokens_kept(model),
-            read=_rows_read(model),
+            read=family_of(model).rows_read(model),
             starts=Starts(lambda size: start_tokens(model, size)),
         )
 
@@ -259,13 +258,6 @@ class PackedVisionTransformer(Following):
 
     def extra_repr(self) -> str:
         return f"weights={self._weights}, products={self._products}"
-
-
-def _rows_read(model: VisionTransformer) -> int | None:
-    """Returns how many leading tokens the head reads, None for all."""
-    if isinstance(model, VisionTransformerDistilled):
-        return 2
-    return 1 if model.attn_pool is None and model.global_pool == "token" else None
 
 
 def _is_silent(module: nn.Module | None, kind: type[nn.Module]) -> bool:

@@ -6,14 +6,12 @@ from typing import Any, NoReturn
 import timm.layers
 import torch
 from timm.layers import DropPath, LayerNorm, PatchDropout
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import VitslimError
-from ..families import family_of
-from ..layers import GatedLayerNorm, SlimAttention, SlimBlock, SlimMlp
+from ..families import Family, family_of
+from ..layers import GatedLayerNorm, SlimAttention, SlimMlp
 from ..layers.attention import why_not_attention
 from ..layers.mlp import activation_name, why_not_mlp
 from ..masks import mask_parameters
@@ -48,7 +46,7 @@ def check_whole(model: nn.Module) -> None:
         )
     kind = f"this {type(model).__name__}"
     for name in _FORWARD:
-        timms = [getattr(each, name) for each in (VisionTransformer, VisionTransformerDistilled)]
+        timms = [getattr(each, name) for each in family_of(model).model_types]
         if name in vars(model) or getattr(type(model), name) not in timms:
             _refuse(kind, f"its {name} is not timm's")
     for name in (*ENCODED, *_HEAD):
@@ -74,7 +72,7 @@ def check_tensors(model: nn.Module) -> None:
             _refuse("this model", f"{name} is {tensor.dtype}", "call model.float() first")
 
 
-def check_encoded(model: VisionTransformer) -> None:
+def check_encoded(model: Any) -> None:
     """Raises where a part that the arrays take the place of is not as the kernel knows it."""
     kind = f"this {type(model).__name__}"
     for place, module in encoded(model):
@@ -97,7 +95,7 @@ def check_encoded(model: VisionTransformer) -> None:
         _refuse("blocks", f"it is a {_named(model.blocks, 'Sequential')}, not a Sequential")
     arriving = int(patches.num_patches)
     for index, block in enumerate(model.blocks):
-        _check_block(f"blocks.{index}", block, width)
+        _check_block(family_of(model), f"blocks.{index}", block, width)
         arriving = _check_tokens(f"blocks.{index}", block, arriving, model.num_prefix_tokens)
 
 
@@ -131,7 +129,7 @@ def is_identity(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity)
 
 
-def encoded(model: VisionTransformer) -> Iterator[tuple[str, nn.Module]]:
+def encoded(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yields the model and all modules that the arrays take the place of."""
     yield "", model
     for name in ENCODED:
@@ -179,8 +177,8 @@ def _check_norm(place: str, norm: nn.Module, width: int) -> None:
         _refuse(place, f"its norm is a {what}, not a LayerNorm of {width} channels")
 
 
-def _check_block(place: str, block: Any, width: int) -> None:
-    if type(block) not in (Block, SlimBlock):
+def _check_block(family: Family, place: str, block: Any, width: int) -> None:
+    if type(block) not in (*family.block_types, family.slim_block):
         _refuse(place, f"it is a {_named(block, 'Block')}, not timm's Block")
     attn, mlp = block.attn, block.mlp
     parts = {"qkv": attn, "proj": attn, "fc1": mlp, "fc2": mlp}
@@ -200,7 +198,7 @@ def _check_block(place: str, block: Any, width: int) -> None:
         _check_norm(f"{place}.{name}", getattr(block, name), width)
     for name in ("ls1", "ls2"):
         scale = getattr(block, name)
-        if type(scale) not in (nn.Identity, LayerScale):
+        if type(scale) not in (nn.Identity, family.scale_type):
             _refuse(place, f"its {name} is a {_named(scale, 'LayerScale')}")
         if not _is_vector(getattr(scale, "gamma", None), width):
             _refuse(place, f"its {name} does not have {width} values")

@@ -9,7 +9,6 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -87,7 +86,7 @@ class EncoderWatch:
         model: One that packable.py lets through, which has no hooks on these parts.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         # Looked at first: a hook registered meanwhile shows at the next call.
         self._next_hook = RemovableHandle.next_id
         parts = [module for _, module in encoded(model)]
