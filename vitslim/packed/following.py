@@ -97,18 +97,17 @@ class Following(nn.Module):
 
     def _follow(self) -> None:
         """Makes again what has changed. A compiled graph holds what was there before."""
-        if not torch.compiler.is_compiling() and self._changed():
-            with self._lock:
-                self._write_back()
-                if self._reached and self._encoder_watch.changed():
-                    self._encoder_changed()
-                elif self._head_watch.changed():
-                    self._take_head()
-
-    def _changed(self) -> bool:
-        if self._reached and self._encoder_watch.changed():
-            return True
-        return self._head_reached and self._head_watch.changed()
+        if torch.compiler.is_compiling():
+            return
+        encoder = self._reached and self._encoder_watch.changed()
+        if not encoder and not (self._head_reached and self._head_watch.changed()):
+            return
+        with self._lock:
+            self._write_back()
+            if self._reached and self._encoder_watch.changed():
+                self._encoder_changed()
+            elif self._head_watch.changed():
+                self._take_head()
 
     def _encoder_changed(self) -> None:
         if self._keep_source:

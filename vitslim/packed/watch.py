@@ -116,7 +116,7 @@ class EncoderWatch:
                 or self._parents != self._children
                 or list(map(len, self._states)) != self._lengths
                 or not all(map(is_, map(dict.get, self._where, self._names), self._set))
-                or self._hooked()
+                or (RemovableHandle.next_id != self._next_hook and self._hooked())
             )
         # Another thread is changing what is looked at, or a tensor is of a kind that has no place.
         except (RuntimeError, TypeError):
@@ -125,10 +125,9 @@ class EncoderWatch:
     def _hooked(self) -> bool:
         # torch numbers all hooks of a process: where none came, none of these has got one.
         next_hook = RemovableHandle.next_id
-        if next_hook != self._next_hook:
-            if any(self._hooks):
-                return True
-            self._next_hook = next_hook
+        if any(self._hooks):
+            return True
+        self._next_hook = next_hook
         return False
 
 
