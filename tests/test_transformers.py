@@ -49,6 +49,17 @@ def test_auto_model_loads_a_saved_folder(name, kinds, tmp_path):
             assert torch.equal(*padded)
 
 
+@torch.no_grad()
+def test_auto_model_builds_models_of_other_images(tmp_path):
+    masked = randomised(make("DeiT", in_chans=1, img_size=(32, 64)))
+    slim = vitslim.slim(masked, vitslim.threshold(masked, "macs=60%"))
+    slim.head = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 5))
+    vitslim.save(slim, tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(2, 1, 32, 64)
+    assert torch.equal(again(pixel_values=x).logits, slim.eval()(x))
+
+
 def test_auto_model_takes_another_number_of_labels(tmp_path):
     slim = stages()["slim"]
     vitslim.save(slim, tmp_path)

@@ -107,6 +107,9 @@ def vitslim_vit(pretrained: bool = False, **kwargs: Any) -> Any:
     given = kwargs.get("pretrained_cfg") or {}
     if isinstance(given, Mapping) and given.get("source") == "local-dir" and pretrained:
         _verify(Path(given["file"]))
+    if not given:
+        # As transformers asks, which keeps it to itself; timm would take its own defaults.
+        kwargs["pretrained_cfg"] = _input(base)
     kwargs.pop("pretrained_model_args", None)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     model = build_model_with_cfg(
@@ -119,6 +122,18 @@ def vitslim_vit(pretrained: bool = False, **kwargs: Any) -> Any:
         **kwargs,
     )
     return model
+
+
+def _input(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns timm's record of what a model takes and gives, as far as `base` tells it."""
+    args = base["args"]
+    return {
+        "input_size": [args["in_chans"], *args["img_size"]],
+        "fixed_input_size": True,
+        "num_classes": args["num_classes"],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
 
 
 # What a description tells, see `description`.
@@ -161,16 +176,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Any]:
-    base, family = told["base"], family_of(model, "saved")
+    base = told["base"]
     known = getattr(model, "pretrained_cfg", None) or {}
     preprocessing = {name: known[name] for name in _PREPROCESSING if known.get(name) is not None}
-    preprocessing |= {
-        "input_size": list(family.input_shape(model)),
-        "fixed_input_size": True,
-        "num_classes": base["args"]["num_classes"],
-        "first_conv": known.get("first_conv", "patch_embed.proj"),
-        "classifier": known.get("classifier", "head"),
-    }
+    names = {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
+    preprocessing |= {**_input(base), **names}
     alone = set(told) == {"base"}
     return {
         "architecture": base["model"] if alone else ARCHITECTURE,
