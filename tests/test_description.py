@@ -152,6 +152,11 @@ def wrapped_fc1(model):
     model.blocks[0].mlp.fc1 = nn.utils.parametrizations.weight_norm(fc1)
 
 
+def _for_int8(layer):
+    layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return layer
+
+
 REFUSED = {
     "blocks.0.mlp.act is a .*Mine": put("blocks.0.mlp.act", Mine),
     "blocks.1 has hooks": lambda model: model.blocks[1].register_forward_hook(lambda *_: None),
@@ -162,6 +167,10 @@ REFUSED = {
         "mean", torch.zeros(3)
     ),
     "blocks.0.mlp.fc1 is a .*ParametrizedLinear": wrapped_fc1,
+    "blocks.0.mlp.fc1 is a .*quantized": lambda model: put(
+        "blocks.0.mlp.fc1",
+        lambda: torch.ao.nn.quantized.dynamic.Linear.from_float(_for_int8(nn.Linear(24, 96))),
+    )(model),
     "on the meta device": lambda model: model.to("meta"),
     "blocks.0.mlp.drop1.p is a Tensor": lambda model: setattr(
         model.blocks[0].mlp.drop1, "p", torch.tensor(0.1)
@@ -308,3 +317,17 @@ def test_a_readme_of_somebody_else_stays(tmp_path):
     (tmp_path / "README.md").write_text("mine\n")
     vitslim.save(at("slim"), tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine\n"
+
+
+def test_a_file_is_no_place_for_a_model(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(vitslim.VitslimError, match="is a file, and a model is saved as a folder"):
+        vitslim.save(at("slim"), tmp_path / "model")
+
+
+def test_arguments_that_do_not_go_with_a_plan_are_told(tmp_path):
+    vitslim.save(at("slim"), tmp_path)
+    with pytest.raises(vitslim.VitslimError, match="the plan has 3 blocks, the model 4"):
+        vitslim.load(tmp_path, depth=4)
+    with pytest.raises(vitslim.VitslimError, match=r"the plan is a dict; read one with"):
+        vitslim.slim(at("masked"), at("slim").plan.to_dict())

@@ -51,6 +51,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, ignore_hooks: bool
         VitslimError: A part cannot be described, such as an adapter or a hook. Nothing is written.
     """
     model, folder = bare(model), Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise VitslimError(f"{folder} is a file, and a model is saved as a folder; name another")
     if isinstance(getattr(model, "source", None), nn.Module):
         model.state_dict()  # of a packed model, which says so where it has forgotten its source's
         model = model.source

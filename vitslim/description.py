@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import VitslimError
 from .families import family_of
@@ -186,7 +186,8 @@ def _tie(model: nn.Module, names: list[str]) -> None:
 
 def _dtypes(model: nn.Module) -> dict[str, str]:
     """Returns the dtype of most of a model under "", and of tensors that have another one."""
-    state = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
+    tensors = {k: each for k, each in model.state_dict().items() if isinstance(each, Tensor)}
+    state = {name: each for name, each in tensors.items() if each.is_floating_point()}
     sizes: Counter[torch.dtype] = Counter()
     for tensor in state.values():
         sizes[tensor.dtype] += tensor.numel()

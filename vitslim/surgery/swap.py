@@ -69,6 +69,7 @@ def cut(model: nn.Module, plan: Plan, fold: bool, exactly: bool = True) -> None:
         VitslimError: The plan does not fit the model, or a part that it cuts is no plain layer.
     """
     family = family_of(model)
+    check_depth(plan, family.sites(model))
     down, across = family.grid(model)
     arriving = list(range(down * across))
     for site, keep in zip(family.sites(model), plan.blocks, strict=True):
@@ -87,6 +88,15 @@ def cut(model: nn.Module, plan: Plan, fold: bool, exactly: bool = True) -> None:
             arriving = keep.tokens
             _gate_norms(block)
         model.set_submodule(name, carry_over(block, family.slim_block(block, tokens)))
+
+
+def check_depth(plan: Plan, sites: list[Site]) -> None:
+    """Raises VitslimError where a plan has more blocks than a model, or fewer."""
+    if len(plan.blocks) != len(sites):
+        raise VitslimError(
+            f"the plan has {len(plan.blocks)} blocks, the model {len(sites)}; "
+            "it was made for another model"
+        )
 
 
 def _masked(

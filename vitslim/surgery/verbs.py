@@ -13,6 +13,7 @@ from ..masks import KINDS
 from ..plan import Plan
 from ..wrapped import bare
 from .classes import MaskedModel, SlimModel, masked_from, slim_from
+from .swap import check_depth
 
 
 def mask(
@@ -94,12 +95,12 @@ def slim(model: nn.Module, plan: Plan, fold: bool = True) -> Any:
     if isinstance(model, SlimModel):
         raise VitslimError("this model is slim already; slim the masked or dense model instead")
     family.check(model)
-    sites = family.sites(model)
-    if len(plan.blocks) != len(sites):
+    if not isinstance(plan, Plan):
         raise VitslimError(
-            f"the plan has {len(plan.blocks)} blocks, the model {len(sites)}; "
-            "it was made for another model"
+            f"the plan is a {type(plan).__name__}; read one with vitslim.Plan.load(path) or "
+            "vitslim.Plan.from_dict(data)"
         )
+    check_depth(plan, family.sites(model))
     _check_base(plan, model, family)
     return slim_from(model, plan, fold)
 
