@@ -13,13 +13,13 @@
 #include <vector>
 
 #ifdef VITSLIM_FIBERS
+#include <sys/mman.h>
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-
-#include <sys/mman.h>
-#include <ucontext.h>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif

@@ -1,7 +1,7 @@
 // A kernel with faults of choice, to show that the emulation and the sanitizers see them:
 //
 //   planted none      reverses every row of a matrix through shared memory, and compares
-//   planted race      the barrier between writing and reading is missing: ThreadSanitizer; in turns, the comparison
+//   planted race      no barrier between writing and reading: ThreadSanitizer, or (turns) compare
 //   planted overrun   a row beyond the matrix is read: AddressSanitizer
 //   planted shared    a row beyond shared memory is written: AddressSanitizer
 //   planted early     an asynchronous copy is read before it was waited for: the comparison
