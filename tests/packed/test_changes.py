@@ -5,6 +5,7 @@ import functools
 from types import MethodType
 
 import pytest
+import timm
 import torch
 from pack_cases import slimmed
 from test_surgery import make
@@ -313,6 +314,8 @@ def assert_says(packed, model, x):
 @pytest.mark.parametrize("through", ["source", "packed"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_followed(name, through, stage):
+    if name == "no positions" and timm.__version__ < "1.0.17":
+        pytest.skip("this timm forgets the class token where there are no positions")
     model = built(stage).train()
     packed, x = vitslim.pack(model), images(model)
     packed(x)
