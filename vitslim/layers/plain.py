@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(layer: nn.Module) -> bool:
     """Returns whether a layer is its weight and bias, so that a product may take them for it."""
@@ -40,7 +38,7 @@ def why_not_cut(layers: Mapping[str, nn.Module]) -> str | None:
         if hasattr(layer, "parametrizations"):
             return (
                 f"its {name} is parametrized; call torch.nn.utils.parametrize."
-                f"remove_parametrizations on it first"
+                "remove_parametrizations on it first"
             )
         if type(layer) is not nn.Linear:
             return f"its {name} is a {kind_of(layer)}; merge it into a torch Linear first"
