@@ -25,6 +25,22 @@ class Site(NamedTuple):
     tokens: int
 
 
+class Half(NamedTuple):
+    """A residual branch of a block: x + scale(layer(norm(x))).
+
+    Attributes:
+        norm: What the branch begins with; it takes the gate of the block's tokens, if there is one.
+        layer: The attention or the MLP.
+        last: Its last layer, which writes to the residual stream.
+        scale: The layer scale, or an identity.
+    """
+
+    norm: nn.Module
+    layer: nn.Module
+    last: Any
+    scale: nn.Module
+
+
 class Family(ABC):
     """A family of timm models, dense, masked or slim.
 
@@ -63,6 +79,14 @@ class Family(ABC):
     @abstractmethod
     def sites(self, model: Any) -> list[Site]:
         """Returns all blocks in the order in which they are computed."""
+
+    @abstractmethod
+    def embed(self, model: Any, images: Tensor) -> Tensor:
+        """Returns what enters the first block, [images, tokens, channels]."""
+
+    @abstractmethod
+    def halves(self, block: Any) -> tuple[Half, ...]:
+        """Returns the residual branches of a block, dense, masked or slim, in their order."""
 
     @abstractmethod
     def why_not_tokens(self, block: Any, token_gate: str) -> str | None:

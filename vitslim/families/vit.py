@@ -14,7 +14,7 @@ from ..layers import MaskedBlock, SlimBlock
 from ..layers.norm import why_not_norm
 from ..plan import Plan
 from .counting import counted_macs
-from .family import Family, Site
+from .family import Family, Half, Site
 from .plain import plain_settings
 from .vit_methods import MaskedVit, SlimVit, plan_again, resampled_raw
 
@@ -54,6 +54,17 @@ class Vit(Family):
             Site(f"blocks.{name}", block, model.embed_dim, tokens)
             for name, block in model.blocks.named_children()
         ]
+
+    def embed(self, model: VisionTransformer, images: Tensor) -> Tensor:
+        tokens = model._pos_embed(model.patch_embed(images))
+        embedded: Tensor = model.norm_pre(model.patch_drop(tokens))
+        return embedded
+
+    def halves(self, block: Any) -> tuple[Half, ...]:
+        return (
+            Half(block.norm1, block.attn, block.attn.proj, block.ls1),
+            Half(block.norm2, block.mlp, block.mlp.fc2, block.ls2),
+        )
 
     def why_not_tokens(self, block: Any, token_gate: str) -> str | None:
         if token_gate == "keys" and type(block.attn) is not Attention:

@@ -1,0 +1,80 @@
+"""Ridge regression of a linear layer, from sums that any number of rows can be added to."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Strengths that are tried, as shares of the diagonal of the second moments.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+
+class Moments:
+    """The sums of a weighted least squares problem y ~ x W^T + b, in float64.
+
+    Args:
+        layer: What is to be refitted; with p = in_features + 1 where it has a bias, else without,
+            `inner` is [x 1]^T w [x 1], [p, p], and `cross` [x 1]^T w y, [p, out_features].
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer, columns = layer, layer.in_features + (layer.bias is not None)
+        double = {"dtype": torch.float64, "device": layer.weight.device}
+        self.inner = torch.zeros(columns, columns, **double)
+        self.cross = torch.zeros(columns, layer.out_features, **double)
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Adds rows x [rows, inputs], y [rows, outputs] that count weight [rows] each."""
+        if self.layer.bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        weighted = (x * weight.unsqueeze(1)).T
+        # Products of a batch in the model's dtype, sums over batches in float64.
+        self.inner += weighted @ x
+        self.cross += weighted @ y
+
+    def __add__(self, other: "Moments") -> "Moments":
+        both = Moments(self.layer)
+        both.inner, both.cross = self.inner + other.inner, self.cross + other.cross
+        return both
+
+    def solve(self, start: Tensor, strength: float) -> Tensor:
+        """Returns argmin_W |[x 1] W - y|^2 + strength * |W - start|^2_diag(inner).
+
+        The strength acts on what a column adds by itself, so that units of any scale are held
+        alike; columns that are always zero stay as they were.
+
+        Args:
+            start: The weights there were, as `weights_of` gives them.
+            strength: Of the ridge, relative to the diagonal.
+        """
+        diagonal = self.inner.diagonal()
+        # A thousandth of the smallest strength for directions in which there is nothing at all.
+        ridge = strength * diagonal + 1e-7 * diagonal.mean().clamp(min=torch.finfo(start.dtype).tiny)
+        factor = torch.linalg.cholesky(self.inner + torch.diag(ridge))
+        return start + torch.cholesky_solve(self.cross - self.inner @ start, factor)
+
+    def error(self, weights: Tensor, scale: Tensor) -> float:
+        """Returns |([x 1] W - y) scale|^2, less what no W changes."""
+        each = (weights * (self.inner @ weights - 2 * self.cross)).sum(0)
+        return float((each * scale.square()).sum())
+
+
+def best_strength(
+    fitted: Moments, held: Moments, start: Tensor, scale: Tensor, strengths: Sequence[float]
+) -> float:
+    """Returns the strength whose solution of some rows is nearest on the rows held out."""
+    errors = {each: held.error(fitted.solve(start, each), scale) for each in strengths}
+    return min(errors, key=lambda each: errors[each])
+
+
+def weights_of(layer: nn.Linear) -> Tensor:
+    """Returns the weight and, in a last row, the bias if there is one, in float64."""
+    rows = [layer.weight.T] if layer.bias is None else [layer.weight.T, layer.bias.unsqueeze(0)]
+    return torch.cat(rows).detach().double()
+
+
+def put_weights(layer: nn.Linear, weights: Tensor) -> None:
+    """Writes what `weights_of` reads."""
+    layer.weight.data.copy_(weights[: layer.in_features].T)
+    if layer.bias is not None:
+        layer.bias.data.copy_(weights[-1])
