@@ -15,7 +15,7 @@ from vitslim.workflow.models import open_dense, open_teacher
 from vitslim.workflow.options.asked import ask
 from vitslim.workflow.options.option import STAGES
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.training.interrupt import Stopped
+from vitslim.workflow.runtime.interrupt import Stopped
 
 TINY = ("img_size=8", "patch_size=4", "in_chans=1", "num_classes=10", "embed_dim=16", "depth=2")
 TINY += ("num_heads=2",)
@@ -225,8 +225,8 @@ def test_args_yaml_of_a_run_asks_for_the_same_run(
     words = ["-c", recipe, "--output", str(tmp_path), "--search-lr", "0.25", "--round-to", "2"]
     words += ["--budget", "macs=50%", "--budget", "attention=0.5,mlp=0.6", "--token-gate", "keys"]
     job = asked_of_run(monkeypatch, [*words, "--ranking", "macs", "--no-fold", "--seed", "7"])
-    assert (job.stages["search"].lr, job.threshold["round_to"], job.fold) == (0.25, 2, False)
-    assert (job.mask["token_gate"], job.threshold["ranking"]) == ("keys", "macs")
+    assert (job.stages["search"].lr, job.plans.round_to, job.plans.fold) == (0.25, 2, False)
+    assert (job.masks.token_gate, job.plans.ranking) == ("keys", "macs")
     assert job.budgets == ("macs=50%", "attention=0.5,mlp=0.6")
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(dict(job.given), sort_keys=False))
     again = asked_of_run(monkeypatch, ["-c", str(tmp_path / "args.yaml")])

@@ -11,11 +11,11 @@ import yaml
 from .errors import VitslimError
 from .files import atomic_write
 from .workflow.options.asked import Asked, ask, record
-from .workflow.options.choices import MASK, PLANNING, Choices
+from .workflow.options.choices import Choices
 from .workflow.options.option import STAGES
 
 if TYPE_CHECKING:
-    from .workflow.training.world import World
+    from .workflow.runtime.world import World
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -40,9 +40,8 @@ def run_verb(given: dict[str, Any]) -> None:
         model=model,
         pretrained=choices.pretrained,
         model_kwargs=choices.model_kwargs,
-        mask=choices.some(MASK),
-        threshold=choices.some(PLANNING),
-        fold=choices.fold,
+        masks=choices.masks,
+        plans=choices.plans,
         resume=resume,
         given=record(dataclasses.asdict(choices), stages),
     )
@@ -51,9 +50,11 @@ def run_verb(given: dict[str, Any]) -> None:
 
 def search_verb(given: dict[str, Any]) -> None:
     from .workflow.models import open_model, open_teacher
+    from .workflow.runtime.context import StageContext
+    from .workflow.runtime.seeds import seed_everything
+    from .workflow.runtime.world import open_world
     from .workflow.search import search
     from .workflow.threshold import budget_name, parse_budget
-    from .workflow.training.world import open_world, seed_everything
 
     resume, asked = _resume(given), asked_by(given)
     choices, stages = asked.choices, asked.stages("search")
@@ -76,15 +77,11 @@ def search_verb(given: dict[str, Any]) -> None:
     with _recorded(output, record(dataclasses.asdict(choices), stages), world):
         search(
             dense,
-            settings,
-            output,
-            world,
-            **choices.some(MASK),
+            StageContext("search", settings, world, output, resume=resume),
+            masks=choices.masks,
             teacher=teacher,
             budgets={budget_name(budget): budget for budget in budgets},
-            planning=choices.some(PLANNING),
-            fold=choices.fold,
-            resume=resume,
+            plans=choices.plans,
             base=name,
         )
 
@@ -93,7 +90,8 @@ def retrain_verb(given: dict[str, Any]) -> None:
     from .checkpoint import load
     from .workflow.models import open_dense, open_plan, open_teacher
     from .workflow.retrain import retrain
-    from .workflow.training.world import open_world
+    from .workflow.runtime.context import StageContext
+    from .workflow.runtime.world import open_world
 
     folder, path, base = given.pop("search"), given.pop("plan"), given.pop("dense", None)
     resume, asked = _resume(given), asked_by(given)
@@ -117,12 +115,9 @@ def retrain_verb(given: dict[str, Any]) -> None:
         result = retrain(
             masked,
             plan,
-            settings,
-            output,
-            world,
+            StageContext("retrain", settings, world, output, resume=resume),
             fold=choices.fold,
             teacher=teacher,
-            resume=resume,
         )
     if world.primary:
         print(f"{output}: accuracy {result['retrained']['accuracy']:.2f} %")
@@ -160,7 +155,7 @@ def _check_supported(choices: Choices) -> None:
     model = meta_model(model_of(choices), choices.model_kwargs)
     family_of(model, "masked").check(model, tuple(choices.kinds), "masked")
     for budget in map(parse_budget, choices.budget):
-        check_budget(model, budget, choices.kinds, **choices.some(PLANNING))
+        check_budget(model, budget, choices.kinds, **choices.threshold_arguments)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from vitslim.cli_verbs import build_parser
 from vitslim.workflow.latency import measure
 from vitslim.workflow.options.asked import ask
 from vitslim.workflow.options.option import STAGES
-from vitslim.workflow.report.journal import read_summary
+from vitslim.workflow.runtime.journal import read_summary
 
 OPTIONS = [
     *("--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=4"),

@@ -14,7 +14,6 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,27 @@ import yaml
 from torch import nn
 
 from .. import __version__
-from ..checkpoint import load, save
+from ..checkpoint import load
 from ..cost import cost
 from ..errors import VitslimError
 from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
-from .data.batches import open_data
 from .image_size import image_size
 from .latency import measure
 from .latency_budget import plan_for
 from .models import open_model, open_plan, open_teacher
+from .options.choices import MaskOptions, PlanOptions
 from .options.settings import Settings
 from .report.page import report
-from .report.watch import Watch
 from .retrain import retrain
+from .runtime.context import StageContext
+from .runtime.journal import Journal
+from .runtime.world import World, open_world
 from .search import search
+from .stage import run_stage
 from .threshold import budget_name, parse_budget
-from .training.evaluate import evaluate
 from .training.state import StageFolder, read_json
-from .training.train import journal_for, open_stage, stage_args, train
-from .training.world import World, open_world, seed_everything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,8 @@ class Job:
         model: A timm name or a saved folder; `digits` is the small ViT for the digits.
         pretrained: Whether timm loads weights. A folder always brings its own.
         model_kwargs: timm's arguments for the constructor.
-        mask: Arguments of `vitslim.mask`.
-        threshold: Arguments of `vitslim.threshold`.
-        fold: Whether the masks' values are multiplied into the slim weights.
+        masks: Which masks the search learns.
+        plans: How plans are made and the model is cut to them.
         resume: Whether to go on with what is in the folder.
         given: The whole merged recipe, for args.yaml.
     """
@@ -71,9 +69,8 @@ class Job:
     model: str = "digits"
     pretrained: bool = False
     model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    mask: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    threshold: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fold: bool = True
+    masks: MaskOptions = dataclasses.field(default_factory=MaskOptions)
+    plans: PlanOptions = dataclasses.field(default_factory=PlanOptions)
     resume: bool = False
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -84,21 +81,16 @@ def run(job: Job) -> dict[str, Any]:
     budgets = {budget_name(parse_budget(text)): parse_budget(text) for text in job.budgets}
     world = open_world(job.stages["search"].device)
     _claim(job, world)
-    journal = journal_for("run", None, world)
+    journal = Journal("run", None, quiet=not world.primary)
 
     dense, dense_accuracy = _dense(job, world)
     masked = search(
         dense,
-        job.stages["search"],
-        job.output / "search",
-        world,
-        **job.mask,
+        _context(job, "search", world),
+        masks=job.masks,
         teacher=_teacher(job, "search", dense, world),
         budgets=budgets,
-        planning=job.threshold,
-        fold=job.fold,
-        resume=True,
-        summary=job.output,
+        plans=job.plans,
         base=job.model,
     )
     # All of them before the first is retrained: one may be out of reach.
@@ -108,15 +100,10 @@ def run(job: Job) -> dict[str, Any]:
         result = retrain(
             masked,
             plans[name],
-            job.stages["retrain"],
-            job.output / "retrain" / name,
-            world,
-            fold=job.fold,
+            _context(job, f"retrain/{name}", world),
+            fold=job.plans.fold,
             teacher=_teacher(job, "retrain", dense, world),
-            resume=True,
             output=job.output / "slim" / name,
-            stage=f"retrain/{name}",
-            summary=job.output,
         )
         slims.append(
             {
@@ -181,30 +168,20 @@ def _write_args(job: Job) -> None:
 
 def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
     """Returns the dense model and its accuracy, training it if it came without weights."""
-    folder, settings = job.output / "dense", job.stages["dense"]
-    identity = {"model": job.model, "model_kwargs": dict(job.model_kwargs)}
-    args = stage_args(settings, world, **identity)
-    stage = open_stage(folder, args, world, resume=True, keep=settings.checkpoint_keep)
-    done = stage.result()
-    if done is not None:
-        return load(folder), float(done["accuracy"])
-    seed_everything(settings.seed, 0)
-    model: nn.Module = open_model(job.model, job.pretrained, job.model_kwargs)
-    if job.pretrained or Path(job.model).is_dir():
-        with closing(open_data(settings.among(world.size), model, world)) as data:
-            accuracy = evaluate(model.to(world.device), data, world, settings)
-        result = {"accuracy": accuracy, "seconds": 0.0}
-    else:
-        journal = journal_for("dense", job.output, world)
-        with closing(Watch("dense", job.output, settings, world)) as watch:
-            outcome = train(model, settings, stage, world, journal, after=watch)
-        model, result = outcome.model, {"accuracy": outcome.accuracy, "seconds": outcome.seconds}
-    if world.primary:
-        save(model, folder, ignore_hooks=True)
-        stage.finish(result)
-    world.wait()
-    # As a run that goes on after this stage has it.
-    return load(folder), float(result["accuracy"])
+    weights = job.pretrained or Path(job.model).is_dir()
+    done = run_stage(
+        _context(job, "dense", world),
+        {"model": job.model, "model_kwargs": dict(job.model_kwargs)},
+        lambda: open_model(job.model, job.pretrained, job.model_kwargs),
+        trains=not weights,
+    )
+    return done.model, float(done.result["accuracy"])
+
+
+def _context(job: Job, name: str, world: World) -> StageContext:
+    """Returns the context of a stage of a run, which always goes on with what is there."""
+    settings = job.stages[name.partition("/")[0]]
+    return StageContext(name, settings, world, job.output / name, job.output, resume=True)
 
 
 def _teacher(job: Job, stage: str, dense: nn.Module, world: World) -> nn.Module | None:
@@ -220,7 +197,7 @@ def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], wor
     path = job.output / "plans" / f"{name}.json"
     if world.primary and not (path.exists() and "latency" in budget):
         masks = Masks.load(job.output / "search/masks.safetensors")
-        plan = plan_for(masked, budget, masks, **job.threshold)
+        plan = plan_for(masked, budget, masks, **job.plans.threshold_arguments)
         if path.exists() and open_plan(path) != plan:
             raise VitslimError(
                 f"{path} was planned otherwise: give the --round-to, --token-rule and --floor "

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ...errors import VitslimError
 from ..options.settings import Settings
-from ..training.world import World
+from ..runtime.world import World
 from .folders import open_folder
 from .hugging_face import STREAM, TABLE, Table, stream_keys
 from .images import Images

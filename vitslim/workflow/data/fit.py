@@ -4,7 +4,7 @@ from torch import nn
 
 from ...errors import VitslimError
 from ..options.settings import Settings
-from ..training.world import World
+from ..runtime.world import World
 from .datasets import Datasets
 from .passed import sentence
 

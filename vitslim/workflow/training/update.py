@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ...errors import VitslimError
-from ..options.settings import Settings
+from ..evaluate import autocast
+from ..runtime.context import StageContext
+from ..runtime.seeds import seed_everything
 from .diagnosis import first_non_finite
 from .distill import Distillation
-from .evaluate import autocast
 from .optimise import make_mixup, make_optimizer
 from .penalty import Penalty
 from .sharded import shard, whole
-from .world import World, seed_everything
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -36,9 +36,8 @@ class Updater:
 
     Args:
         model: What is trained.
-        settings: How.
-        world: This process among all of them.
-        num_classes: Of the data.
+        context: How.
+        num_classes: How many classes the data has.
         penalty: What is added for the masks; None trains without.
         teacher: A model to imitate, or None.
     """
@@ -46,12 +45,12 @@ class Updater:
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
-        world: World,
+        context: StageContext,
         num_classes: int,
         penalty: Penalty | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
+        settings, world = context.settings, context.world
         self.model, self.settings, self.world, self.penalty = model, settings, world, penalty
         net: nn.Module = model
         self.distillation = None

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...errors import VitslimError
-from ..data.batches import Data
-from ..options.settings import Settings
-from .interrupt import Interrupted, interrupted
-from .world import World
+from ..errors import VitslimError
+from .data.batches import Data
+from .options.settings import Settings
+from .runtime.interrupt import Interrupted, interrupted
+from .runtime.world import World
 
 
 @torch.no_grad()
