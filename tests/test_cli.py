@@ -13,7 +13,7 @@ from vitslim.cli import VERBS, main
 from vitslim.ops import OPS, use_backend, why_not
 from vitslim.workflow.models import open_dense, open_teacher
 from vitslim.workflow.options.asked import ask
-from vitslim.workflow.options.option import STAGES
+from vitslim.workflow.options.option import OF_A_RUN
 from vitslim.workflow.options.settings import settings_for
 from vitslim.workflow.runtime.interrupt import Stopped
 
@@ -241,7 +241,7 @@ def test_a_stage_keeps_what_it_was_asked(run: Path, stage: str, folder: str) -> 
     told = yaml.safe_load(path.read_text())
     given = {"epochs": 1, "batch_size": 256, "device": "cpu"}
     assert ask([str(path)], {}).stages(stage)[stage] == settings_for(stage, given)
-    assert set(told) & set(STAGES) == {stage}
+    assert set(told) & set(OF_A_RUN) == {stage}
     assert told["output"] == str(run / folder)
     assert told.get("model") == (str(run / "dense") if stage == "search" else None)
 

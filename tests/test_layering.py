@@ -38,15 +38,17 @@ LEVELS = {
 }
 # The same inside `workflow`; a file at its top is a room of its own.
 WORKFLOW = {
-    "run": 7,
+    "run": 8,
+    "retrain": 7,
+    "finetune": 6,
     "search": 6,
-    "retrain": 6,
     "latency_budget": 6,
     "stage": 5,
     "models": 5,
     "training": 4,
     "report": 4,
     "evaluate": 3,
+    "classifier": 3,
     "data": 2,
     "runtime": 1,
     "threshold": 1,

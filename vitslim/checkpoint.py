@@ -184,7 +184,12 @@ def _config(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Any]:
     names = {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
     preprocessing |= {**_input(base), **names}
     alone = set(told) == {"base"}
+    labels = known.get("label_names")
+    # timm and transformers read names of classes here.
+    if not isinstance(labels, list | tuple) or len(labels) != base["args"]["num_classes"]:
+        labels = None
     return {
+        **({"label_names": list(labels)} if labels else {}),
         "architecture": base["model"] if alone else ARCHITECTURE,
         "model_args": base["args"] if alone else dict(told),
         "num_classes": base["args"]["num_classes"],

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
-from .cli_training import asked_by, model_of, retrain_verb, run_verb, search_folder, search_verb
+from .cli_training import (
+    asked_by,
+    finetune_verb,
+    model_of,
+    retrain_verb,
+    run_verb,
+    search_folder,
+    search_verb,
+)
 from .cli_verbs import EVAL, EVAL_BATCH_SIZE, build_parser
 from .errors import VitslimError
 from .workflow.options.choices import PLANNING
@@ -192,6 +200,7 @@ VERBS = {
     "search": search_verb,
     "threshold": _threshold,
     "retrain": retrain_verb,
+    "finetune": finetune_verb,
     "eval": _eval,
     "cost": _cost,
     "export": _export,

@@ -12,7 +12,7 @@ from .errors import VitslimError
 from .files import atomic_write
 from .workflow.options.asked import Asked, ask, record
 from .workflow.options.choices import Choices
-from .workflow.options.option import STAGES
+from .workflow.options.option import OF_A_RUN
 
 if TYPE_CHECKING:
     from .workflow.runtime.world import World
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def run_verb(given: dict[str, Any]) -> None:
     from .workflow.run import Job, run
 
+    if "dense_epochs" in given:
+        given.setdefault("train_dense", True)
     resume, asked = _resume(given), asked_by(given)
-    choices, stages = asked.choices, asked.stages(*STAGES)
+    choices, stages = asked.choices, asked.stages(*OF_A_RUN)
     if not choices.budget:
         raise VitslimError("--budget is needed.")
     output = _output(choices)
@@ -42,6 +44,7 @@ def run_verb(given: dict[str, Any]) -> None:
         model_kwargs=choices.model_kwargs,
         masks=choices.masks,
         plans=choices.plans,
+        train_dense=choices.train_dense,
         resume=resume,
         given=record(dataclasses.asdict(choices), stages),
     )
@@ -121,6 +124,45 @@ def retrain_verb(given: dict[str, Any]) -> None:
         )
     if world.primary:
         print(f"{output}: accuracy {result['retrained']['accuracy']:.2f} %")
+
+
+def finetune_verb(given: dict[str, Any]) -> None:
+    from .workflow.finetune import finetune
+    from .workflow.models import open_model, open_teacher
+    from .workflow.runtime.context import StageContext
+    from .workflow.runtime.seeds import seed_everything
+    from .workflow.runtime.world import open_world
+
+    size = given.pop("img_size", None)
+    resume, asked = _resume(given), asked_by(given)
+    choices, stages = asked.choices, asked.stages("finetune")
+    name, output, settings = model_of(choices), _output(choices), stages["finetune"]
+    if settings.distill_loss_weight and settings.teacher == "dense":
+        raise VitslimError(
+            "--distill-loss-weight needs --teacher: a timm name or a saved folder of a model that "
+            "knows the classes of the data."
+        )
+    if size is not None:
+        choices = dataclasses.replace(
+            choices, model_kwargs={**choices.model_kwargs, "img_size": size}
+        )
+    world = open_world(settings.device)
+    seed_everything(settings.seed, 0)
+    model = open_model(name, choices.pretrained, choices.model_kwargs)
+    teacher = None
+    if settings.teacher is not None:
+        # Its classes are compared when the student has those of the data.
+        teacher = open_teacher(settings.teacher, None, world.device, None)
+    recipe = record(choices.some(("model", "pretrained", "model_kwargs", "output")), stages)
+    with _recorded(output, recipe, world):
+        done = finetune(
+            model,
+            StageContext("finetune", settings, world, output, resume=resume),
+            teacher=teacher,
+            base=name,
+        )
+    if world.primary:
+        print(f"{output}: accuracy {done.result['after']['accuracy']:.2f} %")
 
 
 def asked_by(given: dict[str, Any]) -> Asked:

@@ -6,14 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..cost import cost
 from ..plan import Plan
 from ..surgery import slim
-from .data.batches import Data
-from .evaluate import evaluate
+from .finetune import train_on
 from .runtime.context import StageContext
-from .stage import run_stage
-from .training.train import Outcome
 
 
 def retrain(
@@ -41,32 +37,13 @@ def retrain(
         {"cut": {"accuracy"}, "retrained": {"accuracy"}, "best": {"epoch", "accuracy"}, "params",
         "macs", "seconds"}. Where the best epoch is not the last one, its model is in folder/best.
     """
-
-    def cut_accuracy(model: nn.Module, data: Data) -> dict[str, Any]:
-        accuracy = evaluate(model, data, context.world, context.settings)
-        context.journal.say(f"right after the cut, accuracy {accuracy:.2f} %")
-        return {"cut": {"accuracy": accuracy}}
-
-    def finish(outcome: Outcome) -> dict[str, Any]:
-        params, macs = cost(outcome.model)
-        return {
-            **outcome.facts,
-            "retrained": {"accuracy": outcome.accuracy},
-            "best": outcome.best,
-            "params": params,
-            "macs": macs,
-            "seconds": outcome.seconds,
-        }
-
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
-    done = run_stage(
+    done = train_on(
+        lambda: slim(masked, plan, fold=fold),
         context,
         {"fold": fold, "plan": digest},
-        lambda: slim(masked, plan, fold=fold),
-        output=output,
+        ("cut", "retrained"),
         teacher=teacher,
-        before=cut_accuracy,
-        keep_best=True,
-        finish=finish,
+        output=output,
     )
     return done.result

@@ -29,6 +29,7 @@ from ..errors import VitslimError
 from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
+from .classifier import fit_classifier, has_new_classifier
 from .image_size import image_size
 from .latency import measure
 from .latency_budget import plan_for
@@ -59,6 +60,7 @@ class Job:
         model_kwargs: timm's arguments for the constructor.
         masks: Which masks the search learns.
         plans: How plans are made and the model is cut to them.
+        train_dense: Whether the dense model is trained although its weights fit the data.
         resume: Whether to go on with what is in the folder.
         given: The whole merged recipe, for args.yaml.
     """
@@ -71,6 +73,7 @@ class Job:
     model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     masks: MaskOptions = dataclasses.field(default_factory=MaskOptions)
     plans: PlanOptions = dataclasses.field(default_factory=PlanOptions)
+    train_dense: bool = False
     resume: bool = False
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -126,6 +129,7 @@ def run(job: Job) -> dict[str, Any]:
             "model": job.model,
             "data": job.stages["search"].data,
             "img_size": image_size(dense),
+            "classes": list(dense.pretrained_cfg.get("label_names") or ()),
             "seconds": _seconds(job.output, *(time.perf_counter() - t for t in (began, trained))),
             "environment": _environment(world),
             "dense": _entry(dense, dense_accuracy, latency["dense"]),
@@ -167,15 +171,36 @@ def _write_args(job: Job) -> None:
 
 
 def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
-    """Returns the dense model and its accuracy, training it if it came without weights."""
-    weights = job.pretrained or Path(job.model).is_dir()
-    done = run_stage(
-        _context(job, "dense", world),
-        {"model": job.model, "model_kwargs": dict(job.model_kwargs)},
-        lambda: open_model(job.model, job.pretrained, job.model_kwargs),
-        trains=not weights,
-    )
+    """Returns the dense model and its accuracy, trained unless it came with weights that fit."""
+    context = _context(job, "dense", world)
+
+    def build() -> nn.Module:
+        model = open_model(job.model, job.pretrained, job.model_kwargs)
+        fit_classifier(model, context)
+        return model
+
+    def trains(model: nn.Module) -> bool:
+        why = _why_trained(job, model)
+        doing = f"is trained first: {why}" if why else "has weights and is evaluated as it is"
+        context.journal.say(f"{job.model} {doing}")
+        return bool(why)
+
+    identity = {
+        "model": job.model,
+        "model_kwargs": dict(job.model_kwargs),
+        "train_dense": job.train_dense,
+    }
+    done = run_stage(context, identity, build, trains=trains)
     return done.model, float(done.result["accuracy"])
+
+
+def _why_trained(job: Job, model: nn.Module) -> str:
+    """Says why the dense model is trained; empty where its weights fit the data."""
+    if not (job.pretrained or Path(job.model).is_dir()):
+        return "it came without weights"
+    if has_new_classifier(model):
+        return "its classifier is new"
+    return "as --train-dense or --dense-epochs ask" if job.train_dense else ""
 
 
 def _context(job: Job, name: str, world: World) -> StageContext:

@@ -36,7 +36,7 @@ def run_stage(
     build: Callable[[], nn.Module],
     *,
     output: Path | None = None,
-    trains: bool = True,
+    trains: Callable[[nn.Module], bool] = lambda model: True,
     penalty: Penalty | None = None,
     teacher: nn.Module | None = None,
     forecast: Callable[[], Forecast | None] | None = None,
@@ -51,7 +51,7 @@ def run_stage(
         identity: What must be the same when the stage goes on, beside its settings.
         build: Makes the model to train, from seeded random numbers; not called if all is done.
         output: Where the model goes, if not the folder of the stage.
-        trains: Whether the model is trained at all, or evaluated as it is.
+        trains: Returns whether the model is trained at all, or evaluated as it is.
         penalty: Penalty of a search.
         teacher: A model to imitate where `settings.distill_loss_weight` is set.
         forecast: Makes what cuts and evaluates after every epoch of a search.
@@ -65,7 +65,7 @@ def run_stage(
         return Done(load(output), done)
     seed_everything(settings.seed, 0)
     model = build()
-    if trains:
+    if trains(model):
         with closing(Watch(context, None if forecast is None else forecast())) as watch:
             outcome = train(
                 model,

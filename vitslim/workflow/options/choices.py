@@ -71,6 +71,9 @@ class _Job:
     model_kwargs: Mapping[str, Any] = option(
         {}, "timm's arguments for the model, e.g. img_size=32 patch_size=4 num_classes=10"
     )
+    train_dense: bool = option(
+        False, "train the dense model although its weights fit; --dense-epochs implies it"
+    )
     output: str | None = option(None, "where everything goes")
     budget: tuple[str, ...] = option(
         (),

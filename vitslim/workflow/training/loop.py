@@ -149,7 +149,7 @@ class Loop:
             "loss": loss / seen,
             "penalty": self.penalty,
             "accuracy": accuracy,
-            "lr": self.learner.update.optimizer.param_groups[0]["lr"],
+            "lr": self._rate(),
             "images_per_second": seen / self.seconds,
             "seconds": self.seconds + time.perf_counter() - began,
         }
@@ -161,6 +161,11 @@ class Loop:
         self.rows = rows
         self.loss = self.images = self.seconds = 0.0
         self._save(accuracy)
+
+    def _rate(self) -> float:
+        """Returns the learning rate of the weights, before it is scaled by layer."""
+        group = self.learner.update.optimizer.param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
     def _heed(self, interrupt: Interrupt, saved: bool) -> None:
         """Saves and stops, if any process was asked to."""

@@ -19,6 +19,7 @@ from .diagnosis import first_non_finite
 from .distill import Distillation
 from .optimise import make_mixup, make_optimizer
 from .penalty import Penalty
+from .prepare import classifier
 from .sharded import shard, whole
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -79,6 +80,9 @@ class Updater:
     def begin_epoch(self, epoch: int) -> None:
         """Goes to training mode; from some epoch on, batches may no longer be mixed."""
         self.net.train()
+        if self.settings.freeze:
+            # What is frozen neither drops anything nor gathers statistics.
+            self.model.eval()
         if self.mixup is not None and 0 < self.settings.mixup_off_epoch <= epoch:
             self.mixup.mixup_enabled = False
 
@@ -154,7 +158,7 @@ class Updater:
             clip_grads_with_norm_(parameters, clip, norm)
         elif clip is not None:
             # Adaptive clipping is for all but the classifier, as its paper says.
-            exempt = _classifier(self.model) if mode == "agc" else set()
+            exempt = classifier(self.model) if mode == "agc" else set()
             dispatch_clip_grad([p for p in parameters if p not in exempt], clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -188,10 +192,3 @@ class Updater:
         """Takes back what `state` gave."""
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _classifier(model: nn.Module) -> set[Tensor]:
-    """Returns the parameters of a model's heads, of which a distilled one has two."""
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    return {parameter for head in heads for parameter in head.parameters()}
