@@ -91,9 +91,11 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
         *(ValueError, AssertionError, AttributeError),
     ) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise VitslimError(
-            f"{folder} does not hold a model that fits its config.json: {reason[0][:200]}"
-        ) from error
+        wrong = "does not hold a model that fits its config.json"
+        if kwargs:
+            asked = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+            wrong = f"cannot be loaded with {asked}"
+        raise VitslimError(f"{folder} {wrong}: {reason[0][:200]}") from error
     return model
 
 

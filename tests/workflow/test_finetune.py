@@ -55,8 +55,8 @@ def changed(context: StageContext, **settings) -> StageContext:
     return dataclasses.replace(context, settings=dataclasses.replace(context.settings, **settings))
 
 
-def slim_of(model: nn.Module):
-    masked = vitslim.mask(model)
+def slim_of(model: nn.Module, kinds: tuple[str, ...] = ("attention", "mlp", "token")):
+    masked = vitslim.mask(model, kinds=kinds)
     return vitslim.slim(masked, vitslim.threshold(masked, "macs=70%", round_to=1))
 
 
@@ -192,7 +192,7 @@ def test_a_teacher_teaches_a_slim_model(five, context) -> None:
 
 def test_the_verb_trains_at_another_size_and_is_reported(saved, images, tmp_path, capsys) -> None:
     small = tmp_path / "slim"
-    vitslim.save(slim_of(vitslim.load(saved)), small)
+    vitslim.save(slim_of(vitslim.load(saved), ("attention", "mlp")), small)
     output = tmp_path / "tuned"
     words = ["finetune", str(small), "--data", f"folder:{images}", *QUICK, "--epochs", "2"]
     assert main([*words, "--img-size", "16", "--output", str(output)]) == 0
@@ -212,12 +212,19 @@ def test_the_verb_trains_at_another_size_and_is_reported(saved, images, tmp_path
     assert "holds an earlier run" in capsys.readouterr().err
 
 
+def test_a_slim_model_that_drops_patches_keeps_its_size(five, images, tmp_path, capsys) -> None:
+    vitslim.save(slim_of(five), tmp_path / "slim")
+    words = ["finetune", str(tmp_path / "slim"), "--data", f"folder:{images}", *QUICK]
+    assert main([*words, "--img-size", "16", "--output", str(tmp_path / "out")]) == 2
+    assert "keeps patches of a grid of 2 x 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--distill-loss-weight", "0.5"], "--distill-loss-weight needs --teacher: a timm name"),
         (["--layer-decay", "1.5"], "--layer-decay must be above 0 and at most 1, not 1.5."),
-        (["--img-size", "9"], "five"),
+        (["--img-size", "2"], "five cannot be loaded with img_size=2: "),
         (["--data", "folder:/nowhere"], "There is no image folder /nowhere."),
     ],
 )
