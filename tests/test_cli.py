@@ -48,13 +48,15 @@ def test_help_shows_an_example(verb: str, capsys) -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("verb", ["run", "search", "retrain"])
+@pytest.mark.parametrize("verb", ["run", "search", "retrain", "finetune"])
 def test_help_groups_the_options_and_tells_their_defaults(verb: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = capsys.readouterr().out
     titles = ("masks", "data", "optimisation", "precision and speed", "checkpoints", "distillation")
-    assert [title for title in titles if f"\n{title}:\n" in text] == [*titles[verb == "retrain" :]]
+    assert [title for title in titles if f"\n{title}:\n" in text] == [
+        *titles[verb in ("retrain", "finetune") :]
+    ]
     assert "deit_small_fast" in text
     # The first group is of options that have no default, and every other option tells its own.
     for group in text.split("\n\nexample:")[0].split(":\n  --")[1:]:

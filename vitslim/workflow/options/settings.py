@@ -62,7 +62,7 @@ class Settings:
         above=0,
         most=1,
     )
-    freeze: bool = option(False, "train the classifier alone: a linear probe")
+    freeze: bool = option(False, "train the classifier alone, a linear probe; --lr 1e-3 suits")
     clip_grad: float | None = option(None, "clip the gradient at this", above=0)
     clip_mode: str = option("norm", "how: norm, value or agc", choices=("norm", "value", "agc"))
     smoothing: float = option(0.1, "label smoothing", least=0, below=1)
