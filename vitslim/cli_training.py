@@ -52,6 +52,7 @@ def run_verb(given: dict[str, Any]) -> None:
 
 
 def search_verb(given: dict[str, Any]) -> None:
+    from .workflow.classifier import has_new_classifier
     from .workflow.models import open_model, open_teacher
     from .workflow.runtime.context import StageContext
     from .workflow.runtime.seeds import seed_everything
@@ -73,6 +74,11 @@ def search_verb(given: dict[str, Any]) -> None:
     world = open_world(settings.device)
     seed_everything(settings.seed, 0)
     dense = open_model(name, choices.pretrained, choices.model_kwargs)
+    if settings.teacher == "dense" and weights and has_new_classifier(dense):
+        raise VitslimError(
+            f"--teacher dense is {name} with a classifier that was never trained: train it first "
+            "with `vitslim finetune`."
+        )
     teacher = None
     if settings.teacher is not None:
         classes = None if settings.distill_type == "feature" else dense.num_classes

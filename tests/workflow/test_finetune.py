@@ -274,8 +274,13 @@ def test_a_run_trains_the_dense_model_where_it_must_and_says_why(
     assert stages.count("dense") == (0 if given == "neither" else 2)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["classes"] == ["dark", "light"]
+    assert {name: sum(each) / 2 for name, each in summary["by_class"].items()} == {
+        "dense": summary["dense"]["accuracy"],
+        "macs-80": summary["slim"][0]["retrained"]["accuracy"],
+    }
     assert vitslim.load(output / "slim/macs-80").pretrained_cfg["label_names"] == ["dark", "light"]
-    assert "dark, light" in (output / "report/index.html").read_text()
+    page = (output / "report/index.html").read_text()
+    assert "dark, light" in page and "Class by class" in page
     again = ["run", "-c", str(output / "args.yaml"), "--resume"]
     assert main(again) == 0
 
@@ -299,3 +304,10 @@ def test_a_new_classifier_cannot_go_untrained(saved, images, tmp_path, capsys) -
     words = ["--data", f"folder:{images}", *RUN, "--output", str(tmp_path / "run")]
     assert main(["run", "--model", saved, *words, "--dense-epochs", "0"]) == 2
     assert "--epochs must be at least 1, not 0." in capsys.readouterr().err
+
+
+def test_a_search_is_not_taught_by_an_untrained_classifier(saved, images, tmp_path, capsys) -> None:
+    words = ["search", saved, "--data", f"folder:{images}", "--model-kwargs", "num_classes=2"]
+    words += ["--teacher", "dense", "--distill-loss-weight", "1", "--output", str(tmp_path / "out")]
+    assert main([*words, *QUICK]) == 2
+    assert "a classifier that was never trained: train it first" in capsys.readouterr().err

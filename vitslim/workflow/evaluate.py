@@ -12,7 +12,6 @@ from .runtime.interrupt import Interrupted, interrupted
 from .runtime.world import World
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> float:
     """Returns top-1 accuracy in percent over the held-out images, each counted once.
 
@@ -25,22 +24,48 @@ def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> 
     Raises:
         Interrupted: While training, a process was asked to stop; all of them raise it.
     """
-    was_training = model.training
-    model.eval()
     right = torch.zeros((), device=world.device)
     seen = 0
-    try:
-        for images, target in _heeding(data, world):
-            with autocast(world, settings):
-                logits = model(images)
-            right += (logits.argmax(1) == target).sum()
-            seen += len(target)
-    finally:
-        model.train(was_training)
+    for answer, target in _answers(model, data, world, settings):
+        right += (answer == target).sum()
+        seen += len(target)
     total_right, total_seen = world.total([float(right), seen])
     if not total_seen:
         raise VitslimError(f"{settings.data} has no image that can be read to evaluate on.")
     return 100 * total_right / total_seen
+
+
+def accuracy_by_class(
+    model: nn.Module, data: Data, world: World, settings: Settings
+) -> list[float | None]:
+    """Returns top-1 accuracy in percent of every class, None where it has no held-out image.
+
+    Arguments are those of `evaluate`.
+    """
+    right, seen = torch.zeros(2, data.num_classes, dtype=torch.int64)
+    for answer, target in _answers(model, data, world, settings):
+        hits, all_of_them = target[answer == target].cpu(), target.cpu()
+        right += torch.bincount(hits, minlength=data.num_classes)
+        seen += torch.bincount(all_of_them, minlength=data.num_classes)
+    totals = world.total([*right.tolist(), *seen.tolist()])
+    pairs = zip(totals[: data.num_classes], totals[data.num_classes :], strict=True)
+    return [100 * hits / images if images else None for hits, images in pairs]
+
+
+@torch.no_grad()
+def _answers(
+    model: nn.Module, data: Data, world: World, settings: Settings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the classes that a model answers with, and the true ones, batch by batch."""
+    was_training = model.training
+    model.eval()
+    try:
+        for images, target in _heeding(data, world):
+            with autocast(world, settings):
+                logits = model(images)
+            yield logits.argmax(1), target
+    finally:
+        model.train(was_training)
 
 
 def _heeding(data: Data, world: World) -> Iterator[tuple[Tensor, Tensor]]:

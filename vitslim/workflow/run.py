@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
 from .classifier import fit_classifier, has_new_classifier
+from .data.batches import open_data
+from .evaluate import accuracy_by_class
 from .image_size import image_size
 from .latency import measure
 from .latency_budget import plan_for
@@ -45,6 +48,8 @@ from .search import search
 from .stage import run_stage
 from .threshold import budget_name, parse_budget
 from .training.state import StageFolder, read_json
+
+MOST_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +123,7 @@ def run(job: Job) -> dict[str, Any]:
             }
         )
     summary: dict[str, Any] = {}
+    by_class = _by_class(job, dense, slims, world)
     if world.primary:
         trained = time.perf_counter()
         journal.say("measuring latency")
@@ -129,7 +135,8 @@ def run(job: Job) -> dict[str, Any]:
             "model": job.model,
             "data": job.stages["search"].data,
             "img_size": image_size(dense),
-            "classes": list(dense.pretrained_cfg.get("label_names") or ()),
+            "classes": _class_names(dense),
+            "by_class": by_class,
             "seconds": _seconds(job.output, *(time.perf_counter() - t for t in (began, trained))),
             "environment": _environment(world),
             "dense": _entry(dense, dense_accuracy, latency["dense"]),
@@ -231,6 +238,28 @@ def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], wor
         plan.save(path)
     world.wait()
     return open_plan(path)
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    return list(model.pretrained_cfg.get("label_names") or ())
+
+
+def _by_class(
+    job: Job, dense: nn.Module, slims: list[dict[str, Any]], world: World
+) -> dict[str, list[float | None]]:
+    """Returns the accuracy of every class, of the dense model and after each budget's retraining.
+
+    Classes without names, and so many that no table shows them, are left out.
+    """
+    if not 0 < len(_class_names(dense)) <= MOST_CLASSES:
+        return {}
+    context = _context(job, "dense", world)
+    models = {"dense": dense} | {each["name"]: load(job.output / each["folder"]) for each in slims}
+    with closing(open_data(context.settings, dense, world)) as data:
+        return {
+            name: accuracy_by_class(model.to(world.device), data, world, context.settings)
+            for name, model in models.items()
+        }
 
 
 def _entry(model: nn.Module, accuracy: float, latency: Mapping[str, float]) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def report(run_folder: str | Path) -> Path:
         missing=record.missing,
         # A lone search has an accuracy and nothing to compare it with.
         rows=[] if record.kind == "search" else story.table(summary),
+        classes=story.class_table(summary),
+        models=list(summary.get("by_class") or ()),
         sizes=story.latency_sizes(summary),
         sections=sections,
         facts=_facts(record),

@@ -39,6 +39,17 @@ def listed(names: Sequence[str], most: int = 30) -> str:
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
+def class_table(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Makes the table of classes: name, and the accuracy of each model.
+
+    The class that the smallest model has lost most of comes first.
+    """
+    columns = list((summary.get("by_class") or {}).values())
+    rows = list(zip(summary.get("classes") or (), *columns, strict=False)) if columns else []
+    rows.sort(key=lambda row: (row[-1] or 0.0) - (row[1] or 0.0))
+    return [(name, [percent(value) for value in values]) for name, *values in rows]
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the cost table, every cell as text."""
