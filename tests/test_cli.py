@@ -13,9 +13,9 @@ from vitslim.cli import VERBS, main
 from vitslim.ops import OPS, use_backend, why_not
 from vitslim.workflow.models import open_dense, open_teacher
 from vitslim.workflow.options.asked import ask
-from vitslim.workflow.options.option import STAGES
+from vitslim.workflow.options.option import OF_A_RUN
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.training.interrupt import Stopped
+from vitslim.workflow.runtime.interrupt import Stopped
 
 TINY = ("img_size=8", "patch_size=4", "in_chans=1", "num_classes=10", "embed_dim=16", "depth=2")
 TINY += ("num_heads=2",)
@@ -48,13 +48,15 @@ def test_help_shows_an_example(verb: str, capsys) -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("verb", ["run", "search", "retrain"])
+@pytest.mark.parametrize("verb", ["run", "search", "retrain", "finetune"])
 def test_help_groups_the_options_and_tells_their_defaults(verb: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = capsys.readouterr().out
     titles = ("masks", "data", "optimisation", "precision and speed", "checkpoints", "distillation")
-    assert [title for title in titles if f"\n{title}:\n" in text] == [*titles[verb == "retrain" :]]
+    assert [title for title in titles if f"\n{title}:\n" in text] == [
+        *titles[verb in ("retrain", "finetune") :]
+    ]
     assert "deit_small_fast" in text
     # The first group is of options that have no default, and every other option tells its own.
     for group in text.split("\n\nexample:")[0].split(":\n  --")[1:]:
@@ -225,8 +227,8 @@ def test_args_yaml_of_a_run_asks_for_the_same_run(
     words = ["-c", recipe, "--output", str(tmp_path), "--search-lr", "0.25", "--round-to", "2"]
     words += ["--budget", "macs=50%", "--budget", "attention=0.5,mlp=0.6", "--token-gate", "keys"]
     job = asked_of_run(monkeypatch, [*words, "--ranking", "macs", "--no-fold", "--seed", "7"])
-    assert (job.stages["search"].lr, job.threshold["round_to"], job.fold) == (0.25, 2, False)
-    assert (job.mask["token_gate"], job.threshold["ranking"]) == ("keys", "macs")
+    assert (job.stages["search"].lr, job.plans.round_to, job.plans.fold) == (0.25, 2, False)
+    assert (job.masks.token_gate, job.plans.ranking) == ("keys", "macs")
     assert job.budgets == ("macs=50%", "attention=0.5,mlp=0.6")
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(dict(job.given), sort_keys=False))
     again = asked_of_run(monkeypatch, ["-c", str(tmp_path / "args.yaml")])
@@ -241,7 +243,7 @@ def test_a_stage_keeps_what_it_was_asked(run: Path, stage: str, folder: str) -> 
     told = yaml.safe_load(path.read_text())
     given = {"epochs": 1, "batch_size": 256, "device": "cpu"}
     assert ask([str(path)], {}).stages(stage)[stage] == settings_for(stage, given)
-    assert set(told) & set(STAGES) == {stage}
+    assert set(told) & set(OF_A_RUN) == {stage}
     assert told["output"] == str(run / folder)
     assert told.get("model") == (str(run / "dense") if stage == "search" else None)
 

@@ -12,12 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import vitslim
+from vitslim.allowed import GRANULARITIES, KINDS, SPREADS
 from vitslim.cost import Geometry
 from vitslim.layers import TokenGate
-from vitslim.masks import KINDS, mask_parameters, mask_weights
-
-SPREADS = ("kind", "unit", "mac")
-GRANULARITIES = ("head_dim", "uniform", "head")
+from vitslim.masks import mask_parameters, mask_weights
 
 
 def masks_of(model):

@@ -91,9 +91,11 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
         *(ValueError, AssertionError, AttributeError),
     ) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise VitslimError(
-            f"{folder} does not hold a model that fits its config.json: {reason[0][:200]}"
-        ) from error
+        wrong = "does not hold a model that fits its config.json"
+        if kwargs:
+            asked = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+            wrong = f"cannot be loaded with {asked}"
+        raise VitslimError(f"{folder} {wrong}: {reason[0][:200]}") from error
     return model
 
 
@@ -184,7 +186,12 @@ def _config(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Any]:
     names = {name: known[name] for name in ("first_conv", "classifier") if known.get(name)}
     preprocessing |= {**_input(base), **names}
     alone = set(told) == {"base"}
+    labels = known.get("label_names")
+    # timm and transformers read names of classes here.
+    if not isinstance(labels, list | tuple) or len(labels) != base["args"]["num_classes"]:
+        labels = None
     return {
+        **({"label_names": list(labels)} if labels else {}),
         "architecture": base["model"] if alone else ARCHITECTURE,
         "model_args": base["args"] if alone else dict(told),
         "num_classes": base["args"]["num_classes"],

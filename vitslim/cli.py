@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
-from .cli_training import asked_by, model_of, retrain_verb, run_verb, search_folder, search_verb
+from .cli_training import (
+    asked_by,
+    finetune_verb,
+    model_of,
+    retrain_verb,
+    run_verb,
+    search_folder,
+    search_verb,
+)
 from .cli_verbs import EVAL, EVAL_BATCH_SIZE, build_parser
 from .errors import VitslimError
 from .workflow.options.choices import PLANNING
 from .workflow.options.settings import check_device
-from .workflow.training.interrupt import Stopped
+from .workflow.runtime.interrupt import Stopped
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -76,10 +84,10 @@ def _threshold(given: dict[str, Any]) -> None:
 
 def _eval(given: dict[str, Any]) -> None:
     from .workflow.data.batches import open_data
+    from .workflow.evaluate import evaluate
     from .workflow.models import open_model, packed_for
     from .workflow.options.settings import settings_for
-    from .workflow.training.evaluate import evaluate
-    from .workflow.training.world import open_world
+    from .workflow.runtime.world import open_world
 
     as_json, weights = given.pop("json", False), _packing(given)
     asked = asked_by(given)
@@ -140,7 +148,7 @@ def _export(given: dict[str, Any]) -> None:
 def _bench(given: dict[str, Any]) -> None:
     from .workflow.latency import format_table, measure
     from .workflow.models import open_model, packed_for
-    from .workflow.training.world import open_world
+    from .workflow.runtime.world import open_world
 
     names, weights = given["models"], _packing(given)
     if len(names) == 1 and (Path(names[0]) / "search" / "config.json").exists():
@@ -192,6 +200,7 @@ VERBS = {
     "search": search_verb,
     "threshold": _threshold,
     "retrain": retrain_verb,
+    "finetune": finetune_verb,
     "eval": _eval,
     "cost": _cost,
     "export": _export,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .errors import VitslimError
 from .workflow.options.choices import FIELDS as CHOICES
 from .workflow.options.choices import MASK, PLANNING
-from .workflow.options.option import STAGES, kind_of
+from .workflow.options.option import OF_A_RUN, kind_of
 from .workflow.options.recipes import open_recipe, shipped
 from .workflow.options.settings import FIELDS as SETTINGS
 from .workflow.options.settings import GROUPS, OF_THE_RUN, belongs, defaults
@@ -138,7 +138,7 @@ def add_settings_of_run(parser: Parser) -> None:
     """Adds the settings of all stages, and hidden ones for a single stage: --search-opt."""
     for name, title in _grouped():
         field, group = SETTINGS[name], parser.group(title)
-        stages = tuple(stage for stage in STAGES if belongs(name, stage))
+        stages = tuple(stage for stage in OF_A_RUN if belongs(name, stage))
         # A rate or a number of epochs that is right for one stage is wrong for another.
         apart = name in ("epochs", "lr")
         if not apart:

@@ -11,11 +11,11 @@ import yaml
 from .errors import VitslimError
 from .files import atomic_write
 from .workflow.options.asked import Asked, ask, record
-from .workflow.options.choices import MASK, PLANNING, Choices
-from .workflow.options.option import STAGES
+from .workflow.options.choices import Choices
+from .workflow.options.option import OF_A_RUN
 
 if TYPE_CHECKING:
-    from .workflow.training.world import World
+    from .workflow.runtime.world import World
 
 # torch and timm are imported inside the verbs, where they are needed.
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def run_verb(given: dict[str, Any]) -> None:
     from .workflow.run import Job, run
 
+    if "dense_epochs" in given:
+        given.setdefault("train_dense", True)
     resume, asked = _resume(given), asked_by(given)
-    choices, stages = asked.choices, asked.stages(*STAGES)
+    choices, stages = asked.choices, asked.stages(*OF_A_RUN)
     if not choices.budget:
         raise VitslimError("--budget is needed.")
     output = _output(choices)
@@ -40,9 +42,9 @@ def run_verb(given: dict[str, Any]) -> None:
         model=model,
         pretrained=choices.pretrained,
         model_kwargs=choices.model_kwargs,
-        mask=choices.some(MASK),
-        threshold=choices.some(PLANNING),
-        fold=choices.fold,
+        masks=choices.masks,
+        plans=choices.plans,
+        train_dense=choices.train_dense,
         resume=resume,
         given=record(dataclasses.asdict(choices), stages),
     )
@@ -50,10 +52,13 @@ def run_verb(given: dict[str, Any]) -> None:
 
 
 def search_verb(given: dict[str, Any]) -> None:
+    from .workflow.classifier import has_new_classifier
     from .workflow.models import open_model, open_teacher
+    from .workflow.runtime.context import StageContext
+    from .workflow.runtime.seeds import seed_everything
+    from .workflow.runtime.world import open_world
     from .workflow.search import search
     from .workflow.threshold import budget_name, parse_budget
-    from .workflow.training.world import open_world, seed_everything
 
     resume, asked = _resume(given), asked_by(given)
     choices, stages = asked.choices, asked.stages("search")
@@ -69,6 +74,11 @@ def search_verb(given: dict[str, Any]) -> None:
     world = open_world(settings.device)
     seed_everything(settings.seed, 0)
     dense = open_model(name, choices.pretrained, choices.model_kwargs)
+    if settings.teacher == "dense" and weights and has_new_classifier(dense):
+        raise VitslimError(
+            f"--teacher dense is {name} with a classifier that was never trained: train it first "
+            "with `vitslim finetune`."
+        )
     teacher = None
     if settings.teacher is not None:
         classes = None if settings.distill_type == "feature" else dense.num_classes
@@ -76,15 +86,11 @@ def search_verb(given: dict[str, Any]) -> None:
     with _recorded(output, record(dataclasses.asdict(choices), stages), world):
         search(
             dense,
-            settings,
-            output,
-            world,
-            **choices.some(MASK),
+            StageContext("search", settings, world, output, resume=resume),
+            masks=choices.masks,
             teacher=teacher,
             budgets={budget_name(budget): budget for budget in budgets},
-            planning=choices.some(PLANNING),
-            fold=choices.fold,
-            resume=resume,
+            plans=choices.plans,
             base=name,
         )
 
@@ -93,7 +99,8 @@ def retrain_verb(given: dict[str, Any]) -> None:
     from .checkpoint import load
     from .workflow.models import open_dense, open_plan, open_teacher
     from .workflow.retrain import retrain
-    from .workflow.training.world import open_world
+    from .workflow.runtime.context import StageContext
+    from .workflow.runtime.world import open_world
 
     folder, path, base = given.pop("search"), given.pop("plan"), given.pop("dense", None)
     resume, asked = _resume(given), asked_by(given)
@@ -117,15 +124,51 @@ def retrain_verb(given: dict[str, Any]) -> None:
         result = retrain(
             masked,
             plan,
-            settings,
-            output,
-            world,
+            StageContext("retrain", settings, world, output, resume=resume),
             fold=choices.fold,
             teacher=teacher,
-            resume=resume,
         )
     if world.primary:
         print(f"{output}: accuracy {result['retrained']['accuracy']:.2f} %")
+
+
+def finetune_verb(given: dict[str, Any]) -> None:
+    from .workflow.finetune import finetune
+    from .workflow.models import open_model, open_teacher
+    from .workflow.runtime.context import StageContext
+    from .workflow.runtime.seeds import seed_everything
+    from .workflow.runtime.world import open_world
+
+    size = given.pop("img_size", None)
+    resume, asked = _resume(given), asked_by(given)
+    choices, stages = asked.choices, asked.stages("finetune")
+    name, output, settings = model_of(choices), _output(choices), stages["finetune"]
+    if settings.distill_loss_weight and settings.teacher == "dense":
+        raise VitslimError(
+            "--distill-loss-weight needs --teacher: a timm name or a saved folder of a model that "
+            "knows the classes of the data."
+        )
+    if size is not None:
+        choices = dataclasses.replace(
+            choices, model_kwargs={**choices.model_kwargs, "img_size": size}
+        )
+    world = open_world(settings.device)
+    seed_everything(settings.seed, 0)
+    model = open_model(name, choices.pretrained, choices.model_kwargs)
+    teacher = None
+    if settings.teacher is not None:
+        # Its classes are compared when the student has those of the data.
+        teacher = open_teacher(settings.teacher, None, world.device, None)
+    recipe = record(choices.some(("model", "pretrained", "model_kwargs", "output")), stages)
+    with _recorded(output, recipe, world):
+        done = finetune(
+            model,
+            StageContext("finetune", settings, world, output, resume=resume),
+            teacher=teacher,
+            base=name,
+        )
+    if world.primary:
+        print(f"{output}: accuracy {done.result['after']['accuracy']:.2f} %")
 
 
 def asked_by(given: dict[str, Any]) -> Asked:
@@ -160,7 +203,7 @@ def _check_supported(choices: Choices) -> None:
     model = meta_model(model_of(choices), choices.model_kwargs)
     family_of(model, "masked").check(model, tuple(choices.kinds), "masked")
     for budget in map(parse_budget, choices.budget):
-        check_budget(model, budget, choices.kinds, **choices.some(PLANNING))
+        check_budget(model, budget, choices.kinds, **choices.threshold_arguments)
 
 
 @contextmanager

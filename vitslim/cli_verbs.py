@@ -44,7 +44,10 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
         "--version", action="version", version=f"vitslim {__version__}", help="print the version"
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_run, _search, _threshold, _retrain, _eval, _cost, _export, _bench, _report, _info):
+    for add in (
+        *(_run, _search, _threshold, _retrain, _finetune),
+        *(_eval, _cost, _export, _bench, _report, _info),
+    ):
         add(verbs)
     return parser, verbs.choices
 
@@ -90,7 +93,7 @@ def _run(verbs: Any) -> None:
         help="a timm name or a saved folder; without "
         "weights it is trained first [for digits: a small ViT]",
     )
-    add_choices(parser, ("pretrained", "model_kwargs", "fold"))
+    add_choices(parser, ("pretrained", "model_kwargs", "train_dense", "fold"))
     add_masks(parser)
     add_planning(parser)
     add_settings_of_run(parser)
@@ -153,6 +156,28 @@ def _retrain(verbs: Any) -> None:
         "[RUN/dense, or what the search began with]",
     )
     add_settings(parser, "retrain")
+
+
+def _finetune(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "finetune",
+        "MODEL --output DIR [options]",
+        "train a model, dense or slim, on other images, from the weights it has",
+        "vitslim finetune runs/deit-s/slim/macs-60 --data folder:PHOTOS --output runs/photos",
+        config=True,
+        more="\n\nIts classifier is made anew where the data has other classes. Training options "
+        "have timm's\nnames; their defaults are those of the recipe finetune.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        metavar="N",
+        help="train at N x N pixels; positions are resampled as timm does [the model's size]",
+    )
+    add_output(parser, "where the model and the checkpoints go")
+    add_settings(parser, "finetune")
 
 
 def _eval(verbs: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .allowed import KINDS, SPREADS
 from .cost import block_shapes
 from .errors import VitslimError
 from .families import family_of
@@ -16,9 +17,6 @@ from .files import atomic_safetensors
 from .layers import MaskedAttention, MaskedMlp, TokenGate
 from .layers.walk import MaskedPart, masked_parts
 from .wrapped import bare, whole
-
-KINDS = ("attention", "mlp", "token")
-SPREADS = ("kind", "unit", "mac")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ def _card(config: Mapping[str, Any]) -> str:
         "",
         f"Takes images of {channels} x {height} x {width}, gives {config['num_classes']} classes.",
     ]
+    if names := config.get("label_names"):
+        shown = ", ".join(names[:30])
+        lines += ["", f"The classes: {shown}{' ...' if len(names) > 30 else ''}."]
     if told.get("plan"):
         reached = told["plan"]["reached"]
         macs, params = reached.get("macs", 0) / 1e9, reached.get("params", 0) / 1e6

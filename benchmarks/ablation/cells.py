@@ -16,6 +16,8 @@ from torch import nn
 from vitslim import Masks, cost, load, save, slim, threshold
 from vitslim.masks import mask_parameters
 from vitslim.workflow.data.batches import open_data
+from vitslim.workflow.options.choices import MaskOptions
+from vitslim.workflow.runtime.context import StageContext
 from vitslim.workflow.search import search
 
 from . import criteria, uniform
@@ -100,11 +102,8 @@ def searched(folder: Path, seed: int, name: str) -> dict[str, Any]:
     settings = stage_settings("search", seed, **chosen.settings)
     model = search(
         load(folder / f"models/dense-{seed}"),
-        settings,
-        folder / f"models/{name}-{seed}",
-        WORLD,
-        **chosen.mask,
-        resume=True,
+        StageContext("search", settings, WORLD, folder / f"models/{name}-{seed}", resume=True),
+        masks=MaskOptions(**chosen.mask),
     )
     masks = [parameter for _, parameter in mask_parameters(model)]
     zeros = sum(int((each == 0).sum()) for each in masks)

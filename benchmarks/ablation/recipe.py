@@ -1,7 +1,8 @@
 """The one recipe that every model of the study is trained and judged by."""
 
+import io
 import tempfile
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 from vitslim.workflow.data.batches import open_data
 from vitslim.workflow.models import DIGITS_KWARGS, DIGITS_MODEL
 from vitslim.workflow.options.settings import Settings, settings_for
-from vitslim.workflow.report.journal import Journal
+from vitslim.workflow.runtime.context import StageContext
+from vitslim.workflow.runtime.seeds import seed_everything
+from vitslim.workflow.runtime.world import World
 from vitslim.workflow.training.state import StageFolder
 from vitslim.workflow.training.train import train
-from vitslim.workflow.training.world import World, seed_everything
 
 # Narrower than the model of `vitslim run`, for a few hundred of these are trained.
 MODEL: dict[str, Any] = {**DIGITS_KWARGS, "embed_dim": 64, "num_heads": 4}
@@ -58,9 +60,9 @@ def fit(model: nn.Module, settings: Settings) -> nn.Module:
     """Trains anything with a timm vision transformer's attributes by the loop of the library."""
     seed_everything(settings.seed, 0)
     with tempfile.TemporaryDirectory() as folder:
-        stage = StageFolder(Path(folder), {})
-        journal = Journal("study", None, quiet=True)
-        return train(model, settings, stage, WORLD, journal).model
+        context = StageContext("study", settings, WORLD, Path(folder))
+        with redirect_stdout(io.StringIO()):
+            return train(model, context, StageFolder(context.folder, {})).model
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from image_folder import write_images
 from torch import nn
 
 from vitslim.workflow.options.settings import Settings, settings_for
-from vitslim.workflow.training.world import World
+from vitslim.workflow.runtime.world import World
 
 TINY = {
     "img_size": 8,

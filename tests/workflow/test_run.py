@@ -17,8 +17,8 @@ from vitslim.cli_options import parse
 from vitslim.cli_verbs import build_parser
 from vitslim.workflow.latency import measure
 from vitslim.workflow.options.asked import ask
-from vitslim.workflow.options.option import STAGES
-from vitslim.workflow.report.journal import read_summary
+from vitslim.workflow.options.option import OF_A_RUN
+from vitslim.workflow.runtime.journal import read_summary
 
 OPTIONS = [
     *("--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=8", "patch_size=4"),
@@ -108,7 +108,7 @@ def test_args_yaml_says_what_was_asked(whole: Path) -> None:
     flags = parse(*build_parser(), ["run", *OPTIONS, "--output", str(whole)])
     assert flags.pop("verb") == "run"
     from_file, given = ask([str(whole / "args.yaml")], {}), ask([], flags)
-    assert from_file.stages(*STAGES) == given.stages(*STAGES)
+    assert from_file.stages(*OF_A_RUN) == given.stages(*OF_A_RUN)
     # Budgets may have been added since.
     assert from_file.choices.budget[:1] == given.choices.budget
 

@@ -8,14 +8,13 @@ from timm.layers import use_fused_attn
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from ..allowed import GRANULARITIES
 from ..ops import ragged_attention
 from .carry import carry_over
 from .maps import attend, seen_by
 from .padded import padded_attention, padded_places
 from .path import fused
 from .plain import is_plain, like, why_not_cut
-
-GRANULARITIES = ("head_dim", "uniform", "head")
 
 
 def why_not_attention(module: nn.Module) -> str | None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..allowed import TOKEN_GATES, TOKEN_STARTS
+
 RAW_START = 3.0  # the paper's start of the raw values: tanh(3) = 0.995
-TOKEN_STARTS = ("paper", "one")
-TOKEN_GATES = ("input", "keys")
 
 
 class TokenGate(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..allowed import KINDS
 from ..errors import VitslimError
 from ..families import Family, Site, family_of
 from ..layers import (
@@ -21,7 +22,7 @@ from ..layers import (
 from ..layers.attention import why_not_attention, why_not_cut_attention
 from ..layers.carry import carry_over
 from ..layers.mlp import why_not_cut_mlp, why_not_mlp
-from ..masks import KINDS, mask_parameters
+from ..masks import mask_parameters
 from ..plan import BlockPlan, Plan
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..allowed import KINDS, TOKEN_GATES
 from ..errors import VitslimError
 from ..families import Family, family_of
-from ..layers.tokens import TOKEN_GATES
-from ..masks import KINDS
 from ..plan import Plan
 from ..wrapped import bare
 from .classes import MaskedModel, SlimModel, masked_from, slim_from

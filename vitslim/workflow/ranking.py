@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..allowed import KINDS, RANKINGS, TOKEN_RULES
 from ..cost import BlockShape, Geometry
 from ..errors import VitslimError
-from ..masks import KINDS, Masks
+from ..masks import Masks
 from ..plan import BlockPlan
-
-TOKEN_RULES = ("running-min", "any-deeper")
-RANKINGS = ("fractions", "macs")
 
 
 @dataclass(frozen=True)

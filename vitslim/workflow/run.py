@@ -24,27 +24,32 @@ import yaml
 from torch import nn
 
 from .. import __version__
-from ..checkpoint import load, save
+from ..checkpoint import load
 from ..cost import cost
 from ..errors import VitslimError
 from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
+from .classifier import fit_classifier, has_new_classifier
 from .data.batches import open_data
+from .evaluate import accuracy_by_class
 from .image_size import image_size
 from .latency import measure
 from .latency_budget import plan_for
 from .models import open_model, open_plan, open_teacher
+from .options.choices import MaskOptions, PlanOptions
 from .options.settings import Settings
 from .report.page import report
-from .report.watch import Watch
 from .retrain import retrain
+from .runtime.context import StageContext
+from .runtime.journal import Journal
+from .runtime.world import World, open_world
 from .search import search
+from .stage import run_stage
 from .threshold import budget_name, parse_budget
-from .training.evaluate import evaluate
 from .training.state import StageFolder, read_json
-from .training.train import journal_for, open_stage, stage_args, train
-from .training.world import World, open_world, seed_everything
+
+MOST_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Job:
         model: A timm name or a saved folder; `digits` is the small ViT for the digits.
         pretrained: Whether timm loads weights. A folder always brings its own.
         model_kwargs: timm's arguments for the constructor.
-        mask: Arguments of `vitslim.mask`.
-        threshold: Arguments of `vitslim.threshold`.
-        fold: Whether the masks' values are multiplied into the slim weights.
+        masks: Which masks the search learns.
+        plans: How plans are made and the model is cut to them.
+        train_dense: Whether the dense model is trained although its weights fit the data.
         resume: Whether to go on with what is in the folder.
         given: The whole merged recipe, for args.yaml.
     """
@@ -71,9 +76,9 @@ class Job:
     model: str = "digits"
     pretrained: bool = False
     model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    mask: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    threshold: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fold: bool = True
+    masks: MaskOptions = dataclasses.field(default_factory=MaskOptions)
+    plans: PlanOptions = dataclasses.field(default_factory=PlanOptions)
+    train_dense: bool = False
     resume: bool = False
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -84,21 +89,16 @@ def run(job: Job) -> dict[str, Any]:
     budgets = {budget_name(parse_budget(text)): parse_budget(text) for text in job.budgets}
     world = open_world(job.stages["search"].device)
     _claim(job, world)
-    journal = journal_for("run", None, world)
+    journal = Journal("run", None, quiet=not world.primary)
 
     dense, dense_accuracy = _dense(job, world)
     masked = search(
         dense,
-        job.stages["search"],
-        job.output / "search",
-        world,
-        **job.mask,
+        _context(job, "search", world),
+        masks=job.masks,
         teacher=_teacher(job, "search", dense, world),
         budgets=budgets,
-        planning=job.threshold,
-        fold=job.fold,
-        resume=True,
-        summary=job.output,
+        plans=job.plans,
         base=job.model,
     )
     # All of them before the first is retrained: one may be out of reach.
@@ -108,15 +108,10 @@ def run(job: Job) -> dict[str, Any]:
         result = retrain(
             masked,
             plans[name],
-            job.stages["retrain"],
-            job.output / "retrain" / name,
-            world,
-            fold=job.fold,
+            _context(job, f"retrain/{name}", world),
+            fold=job.plans.fold,
             teacher=_teacher(job, "retrain", dense, world),
-            resume=True,
             output=job.output / "slim" / name,
-            stage=f"retrain/{name}",
-            summary=job.output,
         )
         slims.append(
             {
@@ -128,6 +123,7 @@ def run(job: Job) -> dict[str, Any]:
             }
         )
     summary: dict[str, Any] = {}
+    by_class = _by_class(job, dense, slims, world)
     if world.primary:
         trained = time.perf_counter()
         journal.say("measuring latency")
@@ -139,6 +135,8 @@ def run(job: Job) -> dict[str, Any]:
             "model": job.model,
             "data": job.stages["search"].data,
             "img_size": image_size(dense),
+            "classes": _class_names(dense),
+            "by_class": by_class,
             "seconds": _seconds(job.output, *(time.perf_counter() - t for t in (began, trained))),
             "environment": _environment(world),
             "dense": _entry(dense, dense_accuracy, latency["dense"]),
@@ -180,31 +178,42 @@ def _write_args(job: Job) -> None:
 
 
 def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
-    """Returns the dense model and its accuracy, training it if it came without weights."""
-    folder, settings = job.output / "dense", job.stages["dense"]
-    identity = {"model": job.model, "model_kwargs": dict(job.model_kwargs)}
-    args = stage_args(settings, world, **identity)
-    stage = open_stage(folder, args, world, resume=True, keep=settings.checkpoint_keep)
-    done = stage.result()
-    if done is not None:
-        return load(folder), float(done["accuracy"])
-    seed_everything(settings.seed, 0)
-    model: nn.Module = open_model(job.model, job.pretrained, job.model_kwargs)
-    if job.pretrained or Path(job.model).is_dir():
-        with closing(open_data(settings.among(world.size), model, world)) as data:
-            accuracy = evaluate(model.to(world.device), data, world, settings)
-        result = {"accuracy": accuracy, "seconds": 0.0}
-    else:
-        journal = journal_for("dense", job.output, world)
-        with closing(Watch("dense", job.output, settings, world)) as watch:
-            outcome = train(model, settings, stage, world, journal, after=watch)
-        model, result = outcome.model, {"accuracy": outcome.accuracy, "seconds": outcome.seconds}
-    if world.primary:
-        save(model, folder, ignore_hooks=True)
-        stage.finish(result)
-    world.wait()
-    # As a run that goes on after this stage has it.
-    return load(folder), float(result["accuracy"])
+    """Returns the dense model and its accuracy, trained unless it came with weights that fit."""
+    context = _context(job, "dense", world)
+
+    def build() -> nn.Module:
+        model = open_model(job.model, job.pretrained, job.model_kwargs)
+        fit_classifier(model, context)
+        return model
+
+    def trains(model: nn.Module) -> bool:
+        why = _why_trained(job, model)
+        doing = f"is trained first: {why}" if why else "has weights and is evaluated as it is"
+        context.journal.say(f"{job.model} {doing}")
+        return bool(why)
+
+    identity = {
+        "model": job.model,
+        "model_kwargs": dict(job.model_kwargs),
+        "train_dense": job.train_dense,
+    }
+    done = run_stage(context, identity, build, trains=trains)
+    return done.model, float(done.result["accuracy"])
+
+
+def _why_trained(job: Job, model: nn.Module) -> str:
+    """Says why the dense model is trained; empty where its weights fit the data."""
+    if not (job.pretrained or Path(job.model).is_dir()):
+        return "it came without weights"
+    if has_new_classifier(model):
+        return "its classifier is new"
+    return "as --train-dense or --dense-epochs ask" if job.train_dense else ""
+
+
+def _context(job: Job, name: str, world: World) -> StageContext:
+    """Returns the context of a stage of a run, which always goes on with what is there."""
+    settings = job.stages[name.partition("/")[0]]
+    return StageContext(name, settings, world, job.output / name, job.output, resume=True)
 
 
 def _teacher(job: Job, stage: str, dense: nn.Module, world: World) -> nn.Module | None:
@@ -220,7 +229,7 @@ def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], wor
     path = job.output / "plans" / f"{name}.json"
     if world.primary and not (path.exists() and "latency" in budget):
         masks = Masks.load(job.output / "search/masks.safetensors")
-        plan = plan_for(masked, budget, masks, **job.threshold)
+        plan = plan_for(masked, budget, masks, **job.plans.threshold_arguments)
         if path.exists() and open_plan(path) != plan:
             raise VitslimError(
                 f"{path} was planned otherwise: give the --round-to, --token-rule and --floor "
@@ -229,6 +238,28 @@ def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], wor
         plan.save(path)
     world.wait()
     return open_plan(path)
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    return list(model.pretrained_cfg.get("label_names") or ())
+
+
+def _by_class(
+    job: Job, dense: nn.Module, slims: list[dict[str, Any]], world: World
+) -> dict[str, list[float | None]]:
+    """Returns the accuracy of every class, of the dense model and after each budget's retraining.
+
+    Classes without names, and so many that no table shows them, are left out.
+    """
+    if not 0 < len(_class_names(dense)) <= MOST_CLASSES:
+        return {}
+    context = _context(job, "dense", world)
+    models = {"dense": dense} | {each["name"]: load(job.output / each["folder"]) for each in slims}
+    with closing(open_data(context.settings, dense, world)) as data:
+        return {
+            name: accuracy_by_class(model.to(world.device), data, world, context.settings)
+            for name, model in models.items()
+        }
 
 
 def _entry(model: nn.Module, accuracy: float, latency: Mapping[str, float]) -> dict[str, Any]:

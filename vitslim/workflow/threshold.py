@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..allowed import KINDS
 from ..cost import Cost, Geometry
 from ..description import base_of
 from ..errors import VitslimError
-from ..masks import KINDS, Masks
+from ..masks import Masks
 from ..plan import Plan
 from .ranking import Ranking
 

@@ -24,7 +24,7 @@ from vitslim.workflow.data.images import Shard
 from vitslim.workflow.data.loading import Ordered
 from vitslim.workflow.data.synthetic import DIFFERENT_BATCHES
 from vitslim.workflow.options.settings import Settings, settings_for
-from vitslim.workflow.training.world import World
+from vitslim.workflow.runtime.world import World
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data, open_data
 from vitslim.workflow.data.kinds import endings, hidden
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.training.world import World
+from vitslim.workflow.runtime.world import World
 
 SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 

@@ -14,7 +14,7 @@ from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data, open_data
 from vitslim.workflow.data.hugging_face import columns
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.training.world import World
+from vitslim.workflow.runtime.world import World
 
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
 

@@ -19,7 +19,7 @@ from vitslim.workflow.data import images as images_module
 from vitslim.workflow.data.batches import Data, open_data
 from vitslim.workflow.data.images import Images
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.training.world import World
+from vitslim.workflow.runtime.world import World
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from vitslim.workflow.data.sampling import (
     Order,
     Seeded,
     SeededErasing,
-    seed_from,
-    untouched_random,
 )
+from vitslim.workflow.runtime.seeds import seed_from, untouched_random
 
 
 def _order(

@@ -17,7 +17,7 @@ from trouble import trouble_of
 from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data, open_data
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.training.world import World
+from vitslim.workflow.runtime.world import World
 
 pytest.importorskip("webdataset", reason="pip install webdataset")
 

@@ -14,7 +14,7 @@ from vitslim.errors import VitslimError
 from vitslim.workflow.options.asked import Asked, ask, record
 from vitslim.workflow.options.choices import FIELDS as CHOICES
 from vitslim.workflow.options.choices import MASK, PLANNING
-from vitslim.workflow.options.option import STAGES
+from vitslim.workflow.options.option import OF_A_RUN
 from vitslim.workflow.options.recipes import open_recipe, shipped
 from vitslim.workflow.options.settings import FIELDS as SETTINGS
 from vitslim.workflow.options.settings import GROUPS, OF_THE_RUN, Settings, settings_for
@@ -78,13 +78,14 @@ def rerecorded(asked: Asked, path: Path, *names: str) -> Asked:
 
 
 def test_these_are_shipped() -> None:
-    assert shipped() == ("deit_base", "deit_small", "deit_small_fast", "digits", "swin_tiny")
+    papers = ("deit_base", "deit_small", "deit_small_fast", "digits")
+    assert shipped() == (*papers, "finetune", "swin_tiny")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", sorted({*shipped()} - {"finetune"}))
 def test_a_shipped_recipe_serves_every_stage_and_names_a_model(name: str) -> None:
     asked = ask([name], {})
-    assert set(asked.stages(*STAGES)) == set(STAGES)
+    assert set(asked.stages(*OF_A_RUN)) == set(OF_A_RUN)
     assert asked.choices.budget
     assert asked.choices.model == "digits" or timm.is_model_pretrained(asked.choices.model)
 
@@ -106,7 +107,7 @@ def test_the_papers_numbers(
     name: str, model: str, search_batch: int, budget: tuple[str, ...]
 ) -> None:
     asked = ask([name], {})
-    stages = asked.stages(*STAGES)
+    stages = asked.stages(*OF_A_RUN)
     assert (asked.choices.model, asked.choices.pretrained) == (model, True)
     assert asked.choices.budget == budget
     searched = PAPER_SEARCH | DEIT | {"global_batch_size": search_batch}
@@ -135,12 +136,12 @@ def test_without_a_recipe_the_defaults_are_the_papers(stage: str) -> None:
 def test_digits_are_the_default_where_the_data_is_digits() -> None:
     asked = ask([], {"budget": ["macs=50%"]})
     named = ask(["digits"], {})
-    assert asked.stages(*STAGES) == named.stages(*STAGES)
+    assert asked.stages(*OF_A_RUN) == named.stages(*OF_A_RUN)
     assert (asked.choices.round_to, asked.choices.budget) == (4, ("macs=50%",))
     # A model and a budget are the user's to choose.
     assert (asked.choices.model, ask([], {}).choices.budget) == (None, ())
-    rates = [settings_for(stage, {}).lr for stage in STAGES]
-    epochs = [settings_for(stage, {}).epochs for stage in STAGES]
+    rates = [settings_for(stage, {}).lr for stage in OF_A_RUN]
+    epochs = [settings_for(stage, {}).epochs for stage in OF_A_RUN]
     assert (rates, epochs) == ([1e-3, 5e-4, 1e-3], [45, 15, 40])
     search = settings_for("search", {})
     assert (search.l1_attention, search.l1_mlp, search.mask_lr_scale) == (1e-3, 2e-4, 10)
@@ -148,7 +149,7 @@ def test_digits_are_the_default_where_the_data_is_digits() -> None:
 
 
 def test_the_fast_recipe_is_modern() -> None:
-    stages = ask(["deit_small_fast"], {}).stages(*STAGES)
+    stages = ask(["deit_small_fast"], {}).stages(*OF_A_RUN)
     for stage in ("search", "retrain"):
         assert stages[stage].amp and stages[stage].amp_dtype == "bfloat16"
         assert stages[stage].compile and stages[stage].channels_last
@@ -162,24 +163,24 @@ def test_a_section_holds_for_its_stage_and_the_top_for_all(tmp_path: Path) -> No
     recipe = write(
         tmp_path / "a.yaml", "weight_decay: 0.2\nretrain: {weight-decay: 0.3}\nsearch-epochs: 7\n"
     )
-    stages = ask([recipe], {}).stages(*STAGES)
-    assert [stages[stage].weight_decay for stage in STAGES] == [0.2, 0.2, 0.3]
-    assert [stages[stage].epochs for stage in STAGES] == [45, 7, 40]
+    stages = ask([recipe], {}).stages(*OF_A_RUN)
+    assert [stages[stage].weight_decay for stage in OF_A_RUN] == [0.2, 0.2, 0.3]
+    assert [stages[stage].epochs for stage in OF_A_RUN] == [45, 7, 40]
 
 
 def test_a_later_recipe_wins_and_flags_over_all(tmp_path: Path) -> None:
     first = write(tmp_path / "a.yaml", "seed: 1\nopt: lion\nsearch: {weight_decay: 0.1}\nfloor: 2")
     second = write(tmp_path / "b.yaml", "opt: sgd\nretrain: {opt: lamb}\nfloor: 3\n")
     asked = ask([first, second], {})
-    stages = asked.stages(*STAGES)
-    assert [stages[stage].opt for stage in STAGES] == ["sgd", "sgd", "lamb"]
+    stages = asked.stages(*OF_A_RUN)
+    assert [stages[stage].opt for stage in OF_A_RUN] == ["sgd", "sgd", "lamb"]
     assert (stages["search"].seed, asked.choices.floor) == (1, 3)
     # Also over what a recipe has in a section.
     flags = {"opt": "adan", "weight_decay": 0.5, "search_epochs": 3, "floor": 4}
     asked = ask([first, second], flags)
-    stages = asked.stages(*STAGES)
-    assert {stages[stage].opt for stage in STAGES} == {"adan"}
-    assert {stages[stage].weight_decay for stage in STAGES} == {0.5}
+    stages = asked.stages(*OF_A_RUN)
+    assert {stages[stage].opt for stage in OF_A_RUN} == {"adan"}
+    assert {stages[stage].weight_decay for stage in OF_A_RUN} == {0.5}
     assert (stages["search"].epochs, asked.choices.floor) == (3, 4)
 
 
@@ -192,12 +193,12 @@ def test_the_last_word_on_the_data_says_whose_defaults_hold(tmp_path: Path) -> N
 
 
 def test_a_choice_takes_the_place_of_what_it_stands_instead_of() -> None:
-    stages = ask(["deit_small"], {"batch_size": 64, "lr_base": 1e-3}).stages(*STAGES)
+    stages = ask(["deit_small"], {"batch_size": 64, "lr_base": 1e-3}).stages(*OF_A_RUN)
     assert {s.global_batch_size for s in stages.values()} == {None}
     assert stages["search"].lr is None and stages["search"].lr_base == 1e-3
     both = ask(["deit_small"], {"batch_size": 64, "global_batch_size": 128}).stages("search")
     assert both["search"].global_batch_size == 128
-    plain = ask(["deit_small_fast"], {"distill_loss_weight": 0.0}).stages(*STAGES)
+    plain = ask(["deit_small_fast"], {"distill_loss_weight": 0.0}).stages(*OF_A_RUN)
     assert {s.teacher for s in plain.values()} == {None}
 
 
@@ -213,9 +214,9 @@ def test_a_record_asks_for_the_same(name: str | None, tmp_path: Path) -> None:
         "output": "somewhere",
     }
     asked = ask([name] if name else [], flags)
-    again = rerecorded(asked, tmp_path / "args.yaml", *STAGES)
+    again = rerecorded(asked, tmp_path / "args.yaml", *OF_A_RUN)
     assert again.choices == asked.choices
-    assert again.stages(*STAGES) == asked.stages(*STAGES)
+    assert again.stages(*OF_A_RUN) == asked.stages(*OF_A_RUN)
     assert asked.stages("search")["search"].teacher == "dense"
 
 
@@ -232,9 +233,9 @@ def test_the_record_of_one_stage_leaves_the_others_alone(stage: str, tmp_path: P
 
 def test_a_record_says_everything() -> None:
     asked = ask([], {})
-    whole = record(dataclasses.asdict(asked.choices), asked.stages(*STAGES))
-    said = {*whole, *(name for stage in STAGES for name in whole[stage])}
-    assert said == {*CHOICES, *SETTINGS, *STAGES}
+    whole = record(dataclasses.asdict(asked.choices), asked.stages(*OF_A_RUN))
+    said = {*whole, *(name for stage in OF_A_RUN for name in whole[stage])}
+    assert said == {*CHOICES, *SETTINGS, *OF_A_RUN}
 
 
 @pytest.mark.parametrize(
@@ -281,18 +282,18 @@ def test_an_unknown_recipe_is_told_with_those_there_are() -> None:
 
 def test_a_teacher_and_its_weight_belong_together(tmp_path: Path) -> None:
     with pytest.raises(VitslimError, match="--teacher needs --distill-loss-weight"):
-        ask([], {"teacher": "dense"}).stages(*STAGES)
+        ask([], {"teacher": "dense"}).stages(*OF_A_RUN)
     # Also where an earlier run recorded that it had neither.
-    rerecorded(ask([], {}), tmp_path / "args.yaml", *STAGES)
+    rerecorded(ask([], {}), tmp_path / "args.yaml", *OF_A_RUN)
     with pytest.raises(VitslimError, match="--teacher needs --distill-loss-weight"):
-        ask([str(tmp_path / "args.yaml")], {"teacher": "dense"}).stages(*STAGES)
-    one = ask([], {"teacher": "x", "retrain_distill_loss_weight": 1.0}).stages(*STAGES)
-    assert [one[stage].teacher for stage in STAGES] == [None, None, "x"]
+        ask([str(tmp_path / "args.yaml")], {"teacher": "dense"}).stages(*OF_A_RUN)
+    one = ask([], {"teacher": "x", "retrain_distill_loss_weight": 1.0}).stages(*OF_A_RUN)
+    assert [one[stage].teacher for stage in OF_A_RUN] == [None, None, "x"]
 
 
 def test_names_and_groups_fit_together() -> None:
     assert not set(CHOICES) & set(SETTINGS)
-    assert not any(name.startswith(tuple(STAGES)) for name in (*CHOICES, *SETTINGS))
+    assert not any(name.startswith(tuple(OF_A_RUN)) for name in (*CHOICES, *SETTINGS))
     assert set(GROUPS) <= set(SETTINGS) and set(OF_THE_RUN) <= set(SETTINGS)
     assert next(iter(GROUPS)) == next(iter(SETTINGS))
 

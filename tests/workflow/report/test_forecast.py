@@ -8,8 +8,9 @@ import torch
 import vitslim
 from vitslim import Masks
 from vitslim.masks import mask_parameters
+from vitslim.workflow.options.choices import PlanOptions
 from vitslim.workflow.report.forecast import COLUMNS, Forecast
-from vitslim.workflow.report.journal import Journal, read_table, write_table
+from vitslim.workflow.runtime.journal import Journal, read_table, write_table
 from vitslim.workflow.threshold import threshold
 
 BUDGETS = {"macs-60": {"macs": "60%"}, "attention-0.5": {"attention": 0.5}}
@@ -25,7 +26,9 @@ def searched(tiny):
 
 
 def forecast(folder, budgets=BUDGETS, quiet=False, fold=True):
-    return Forecast(budgets, {"round_to": 1}, fold, folder, Journal("search", None, quiet))
+    return Forecast(
+        budgets, PlanOptions(round_to=1, fold=fold), folder, Journal("search", None, quiet)
+    )
 
 
 def params(model):

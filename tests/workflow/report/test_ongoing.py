@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import vitslim
 from vitslim import Masks
+from vitslim.allowed import KINDS
 from vitslim.masks import mask_parameters
 from vitslim.workflow.report import story
 from vitslim.workflow.report.forecast import COLUMNS as FORECAST
-from vitslim.workflow.report.journal import COLUMNS, write_table
 from vitslim.workflow.report.ongoing import Progress, masks_so_far, progress
 from vitslim.workflow.report.page import report
 from vitslim.workflow.report.record import read_record
+from vitslim.workflow.runtime.journal import COLUMNS, write_table
 from vitslim.workflow.threshold import budget_name, parse_budget
 
 BUDGETS = ("macs=60%", "params=1K")
@@ -169,7 +170,7 @@ def test_newest_checkpoint_that_can_be_read_is_taken(running, tiny, damage):
     elif damage == "being written":
         newest.rename(newest.with_suffix(".tmp"))
     record = read_record(running)
-    assert record.masks_at == "update 34" and record.masks.kinds() == vitslim.masks.KINDS
+    assert record.masks_at == "update 34" and record.masks.kinds() == KINDS
 
 
 def test_lone_search_and_its_result(tmp_path, tiny):

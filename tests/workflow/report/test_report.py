@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 import vitslim
 from vitslim import Masks, Plan, VitslimError
+from vitslim.allowed import KINDS
 from vitslim.workflow.report import kept, story
 from vitslim.workflow.report.page import _subtitle, report
 from vitslim.workflow.threshold import budget_name, threshold
@@ -243,7 +244,7 @@ def test_threshold_lies_between_the_smallest_kept_and_the_largest_cut(run_folder
     masks = Masks.load(folder / "search" / "masks.safetensors")
     plan = Plan.load(next((folder / "plans").glob("*.json")))
     values, flags = kept.scores(masks), kept.keeps(plan, masks)
-    for kind in kept.KINDS:
+    for kind in KINDS:
         line, blurred = kept.threshold(values[kind], flags[kind])
         assert blurred == 0
         assert values[kind][~flags[kind]].max() <= line <= values[kind][flags[kind]].min()

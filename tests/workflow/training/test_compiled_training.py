@@ -10,11 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitslim
 from vitslim.errors import VitslimError
-from vitslim.workflow.report.journal import Journal
+from vitslim.workflow.runtime.context import StageContext
 from vitslim.workflow.search import search
 from vitslim.workflow.training.loop import Loop
-from vitslim.workflow.training.state import StageFolder
-from vitslim.workflow.training.train import stage_args
+from vitslim.workflow.training.train import open_stage
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def test_training_is_one_graph_without_recompilation(
     settings = dataclasses.replace(quick, compile=True, epochs=2)
     model = vitslim.mask(tiny) if kind == "masked" else _slim(tiny)
     teacher = tiny if kind == "distilled" else None
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    journal = Journal("search", None, quiet=True)
-    loop = Loop(model, settings, stage, world, journal, teacher=teacher)
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    loop = Loop(model, context, stage, teacher=teacher)
     for epoch in range(2):
         loop.learner.update.begin_epoch(epoch)
         for batch in loop.data.epoch(epoch):
@@ -80,8 +79,9 @@ def test_blocks_of_a_sharded_model_are_a_graph_each(
     model, losses = _slim(tiny), []
     for compiled in (False, True):
         settings = dataclasses.replace(quick, fsdp=True, compile=compiled, epochs=2)
-        stage = StageFolder(tmp_path, stage_args(settings, world))
-        loop = Loop(copy.deepcopy(model), settings, stage, world, Journal("x", None, quiet=True))
+        context = StageContext("dense", settings, world, tmp_path, resume=True)
+        stage = open_stage(context, {})
+        loop = Loop(copy.deepcopy(model), context, stage)
         loop.learner.update.begin_epoch(0)
         batches = [[batch] for batch in loop.data.epoch(0)]
         losses.append([loop.learner.update(batch, 0, 0.0, where="here").loss for batch in batches])
@@ -94,8 +94,9 @@ def test_what_is_not_finite_is_found_in_a_compiled_model(
     tiny, quick, world, tmp_path, counted, alone, sharded
 ) -> None:
     settings = dataclasses.replace(quick, fsdp=sharded, compile=True)
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    loop = Loop(tiny, settings, stage, world, Journal("x", None, quiet=True))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    loop = Loop(tiny, context, stage)
     loop.learner.update.criterion = lambda out, target: (0 * out.sum()).sqrt()
     loop.learner.update.begin_epoch(0)
     with pytest.raises(VitslimError, match=r"gradient is not finite in here, .* of head.bias"):
@@ -106,8 +107,13 @@ def test_compiled_training_ends_where_eager_training_does(
     tiny, quick, world, tmp_path, counted
 ) -> None:
     quick = dataclasses.replace(quick, epochs=1, batch_size=512)
-    eager = search(tiny, quick, tmp_path / "eager", world)
-    compiled = search(tiny, dataclasses.replace(quick, compile=True), tmp_path / "compiled", world)
+    eager = search(tiny, StageContext("search", quick, world, tmp_path / "eager"))
+    compiled = search(
+        tiny,
+        StageContext(
+            "search", dataclasses.replace(quick, compile=True), world, tmp_path / "compiled"
+        ),
+    )
     assert counted.frame_count
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)

@@ -11,8 +11,9 @@ import torch
 from image_folder import write_images
 
 import vitslim
-from vitslim.workflow.report.journal import read_summary
+from vitslim.allowed import KINDS
 from vitslim.workflow.report.ongoing import masks_so_far
+from vitslim.workflow.runtime.journal import read_summary
 from vitslim.workflow.training import diagnosis
 from vitslim.workflow.training.sharded import load_parts
 
@@ -119,7 +120,7 @@ def test_the_masks_of_a_sharded_search_can_be_looked_at_as_it_goes(shared: Path)
     masks, when = masks_so_far(shared / "sharded-full")
     assert when == "update 4"
     wanted = vitslim.Masks.of(masked)
-    for kind in vitslim.masks.KINDS:
+    for kind in KINDS:
         for ours, theirs in zip(getattr(masks, kind), getattr(wanted, kind), strict=True):
             assert torch.equal(ours, theirs)
     # What is of another model is told by an exception that can be caught.

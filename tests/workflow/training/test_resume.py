@@ -16,13 +16,13 @@ import vitslim.workflow.training.loop as loop_module
 import vitslim.workflow.training.state as state_module
 from vitslim.errors import VitslimError
 from vitslim.workflow.data.batches import Data
+from vitslim.workflow.evaluate import evaluate
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.report.journal import Journal
-from vitslim.workflow.training.evaluate import evaluate
-from vitslim.workflow.training.interrupt import Stopped
+from vitslim.workflow.runtime.context import StageContext
+from vitslim.workflow.runtime.interrupt import Stopped
+from vitslim.workflow.runtime.world import World
 from vitslim.workflow.training.state import StageFolder
-from vitslim.workflow.training.train import open_stage, stage_args, train
-from vitslim.workflow.training.world import World
+from vitslim.workflow.training.train import open_stage, train
 
 HERE = Path(__file__).parent
 
@@ -49,8 +49,9 @@ def steps() -> object:
 
 
 def trained(model, settings, folder, world, **more):
-    stage = StageFolder(folder, stage_args(settings, world), settings.checkpoint_keep)
-    outcome = train(model, settings, stage, world, Journal("dense", None), **more)
+    context = StageContext("dense", settings, world, folder, resume=True)
+    stage = open_stage(context, {})
+    outcome = train(model, context, stage, **more)
     return {name: value.clone() for name, value in outcome.model.state_dict().items()}
 
 
@@ -107,7 +108,8 @@ def test_a_signal_while_evaluating_saves_first_and_evaluates_when_gone_on_with(
 
     with pytest.raises(Stopped, match="after update 10 of 10"):
         trained(again(), averaged, tmp_path / "broken", world, after=look)
-    state = StageFolder(tmp_path / "broken", stage_args(averaged, world)).latest()[0]
+    context = StageContext("dense", averaged, world, tmp_path / "broken", resume=True)
+    state = open_stage(context, {}).latest()[0]
     assert (state.update, len(state.facts["rows"]), state.accuracy) == (10, 1, None)
     told = []
     resumed = trained(
@@ -182,9 +184,9 @@ def test_the_most_accurate_epoch_is_kept_beside_the_newest_checkpoints(
     accuracies = iter([10.0, 30.0, 20.0, 15.0])
     monkeypatch.setattr(loop_module, "evaluate", lambda *_: next(accuracies))
     settings = dataclasses.replace(steps, epochs=4, checkpoint_keep=1, checkpoint_steps=0)
-    stage = StageFolder(tmp_path, stage_args(settings, world), settings.checkpoint_keep)
-    journal = Journal("dense", None, quiet=True)
-    outcome = train(tiny, settings, stage, world, journal, keep_best=True)
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    outcome = train(tiny, context, stage, keep_best=True)
     assert outcome.best == {"epoch": 2, "accuracy": 30.0}
     kept = sorted(path.name for path in (tmp_path / "state").iterdir())
     assert kept == ["step-0000000010", "step-0000000020"]
@@ -210,8 +212,8 @@ def test_the_model_of_another_epoch_is_not_given_for_the_best(
 
     monkeypatch.setattr(state_module, "_write_file", full)
     settings = dataclasses.replace(steps, epochs=4, checkpoint_steps=0)
-    stage, journal = StageFolder(tmp_path, {}), Journal("dense", None, quiet=True)
-    outcome = train(tiny, settings, stage, world, journal, keep_best=True)
+    context = StageContext("dense", settings, world, tmp_path)
+    outcome = train(tiny, context, open_stage(context, {}), keep_best=True)
     assert outcome.best == {"epoch": 3, "accuracy": 90.0}
     assert outcome.best_model is None
 
@@ -222,7 +224,7 @@ def test_processes_that_see_different_things_stop(tiny, steps, tmp_path, monkeyp
     with pytest.raises(VitslimError, match=r"do not see the same in .*: give an --output"):
         trained(tiny, steps, tmp_path, world)
     with pytest.raises(VitslimError, match="do not see the same"):
-        open_stage(tmp_path, {}, world, resume=True)
+        open_stage(StageContext("dense", steps, world, tmp_path, resume=True), {})
 
 
 def test_data_that_has_changed_is_refused(tiny, steps, world, tmp_path) -> None:
@@ -230,14 +232,12 @@ def test_data_that_has_changed_is_refused(tiny, steps, world, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(
             tiny,
-            steps,
+            StageContext("dense", steps, world, tmp_path),
             folder,
-            world,
-            Journal("dense", None, quiet=True),
             after=lambda *_: (
                 signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT)
             ),
         )
     other = dataclasses.replace(steps, batch_size=128)
     with pytest.raises(VitslimError, match="an epoch had 5 updates and has 11"):
-        train(tiny, other, folder, world, Journal("dense", None, quiet=True))
+        train(tiny, StageContext("dense", other, world, tmp_path), folder)

@@ -11,19 +11,19 @@ import vitslim
 from vitslim.errors import VitslimError
 from vitslim.masks import mask_parameters
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.report.journal import Journal, read_summary
+from vitslim.workflow.runtime.context import StageContext
+from vitslim.workflow.runtime.journal import read_summary
 from vitslim.workflow.search import search
 from vitslim.workflow.training.loop import Loop
 from vitslim.workflow.training.optimise import make_optimizer, make_scheduler
 from vitslim.workflow.training.penalty import Penalty
 from vitslim.workflow.training.prepare import prepare
-from vitslim.workflow.training.state import StageFolder
-from vitslim.workflow.training.train import stage_args, train
+from vitslim.workflow.training.train import open_stage, train
 
 
 def test_search_shrinks_masks_and_says_how_it_goes(tiny, quick, world, tmp_path, capsys) -> None:
     settings = dataclasses.replace(quick, l1_attention=1e-2, l1_mlp=1e-2, l1_token=1e-2)
-    masked = search(tiny, settings, tmp_path, world)
+    masked = search(tiny, StageContext("search", settings, world, tmp_path))
     masks = vitslim.Masks.load(tmp_path / "masks.safetensors")
     assert max(mask.max() for mask in masks.mlp) < 1
     assert all(
@@ -70,9 +70,10 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(
         else:
             # Finite outputs whose variance, in the next norm, is not.
             masked.blocks[0].attn.proj.weight.fill_(3e38)
-    stage = StageFolder(tmp_path, stage_args(quick, world))
+    context = StageContext("dense", quick, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
     with pytest.raises(VitslimError, match=f"epoch 1, step 1, first in {where}"):
-        train(masked, quick, stage, world, Journal("search", None), penalty=Penalty(quick))
+        train(masked, context, stage, penalty=Penalty(quick))
 
 
 def test_the_last_state_outlives_a_loss_that_is_not_finite(tiny, quick, world, tmp_path) -> None:
@@ -81,12 +82,12 @@ def test_the_last_state_outlives_a_loss_that_is_not_finite(tiny, quick, world, t
             return super().__call__(model, progress) * (float("nan") if progress > 1.3 else 1)
 
     masked = vitslim.mask(tiny)
-    stage = StageFolder(tmp_path, stage_args(quick, world))
-    journal = Journal("search", None, quiet=True)
+    context = StageContext("dense", quick, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
     with pytest.raises(VitslimError, match="epoch 2, step 3, first in the loss itself"):
-        train(masked, quick, stage, world, journal, penalty=Breaking(quick))
+        train(masked, context, stage, penalty=Breaking(quick))
     assert stage.latest()[0].update == 5
-    outcome = train(masked, quick, stage, world, journal, penalty=Penalty(quick))
+    outcome = train(masked, context, stage, penalty=Penalty(quick))
     assert all(torch.isfinite(p).all() for p in outcome.model.parameters())
 
 
@@ -101,15 +102,17 @@ def test_a_gradient_that_is_not_finite_names_its_layer(tiny, quick, world, tmp_p
             return grad / 0
 
     tiny.blocks[0].mlp.fc1.register_forward_hook(lambda m, i, output: Root.apply(output))
-    stage = StageFolder(tmp_path, stage_args(quick, world))
+    context = StageContext("dense", quick, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
     with pytest.raises(VitslimError, match=r"gradient is not finite.*blocks.0.mlp.fc1.bias"):
-        train(tiny, quick, stage, world, Journal("dense", None, quiet=True))
+        train(tiny, context, stage)
 
 
 def test_the_average_is_the_result(tiny, quick, world, tmp_path) -> None:
     settings = dataclasses.replace(quick, model_ema=True, model_ema_decay=0.9)
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    outcome = train(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    outcome = train(tiny, context, stage)
     assert outcome.model is not tiny
     assert not torch.equal(outcome.model.head.weight, tiny.head.weight)
 
@@ -118,7 +121,7 @@ def test_amp_trains_in_bfloat16_with_masks_in_float32(tiny, quick, world, tmp_pa
     seen = []
     tiny.head.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
     settings = dataclasses.replace(quick, amp=True, epochs=1)
-    masked = search(tiny, settings, tmp_path, world)
+    masked = search(tiny, StageContext("search", settings, world, tmp_path))
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in masked.parameters()} == {torch.float32}
     row = read_summary(tmp_path / "summary.csv")[0]
@@ -132,7 +135,7 @@ def test_half_precision_ends_near_float32(tiny, quick, world, tmp_path, dtype) -
     for amp in (False, True):
         tiny.load_state_dict(start)
         settings = dataclasses.replace(quick, amp=amp, amp_dtype=dtype, epochs=2, lr=1e-2)
-        masked = search(tiny, settings, tmp_path / str(amp), world)
+        masked = search(tiny, StageContext("search", settings, world, tmp_path / str(amp)))
         losses.append([float(row["loss"]) for row in read_summary(tmp_path / f"{amp}/summary.csv")])
         assert {parameter.dtype for parameter in masked.parameters()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
@@ -142,8 +145,9 @@ def test_half_precision_ends_near_float32(tiny, quick, world, tmp_path, dtype) -
 def test_an_overflow_in_float16_skips_one_update(tiny, quick, world, tmp_path) -> None:
     """The scaler starts so high that the first gradients overflow, and comes down."""
     settings = dataclasses.replace(quick, amp=True, amp_dtype="float16", epochs=1, clip_grad=1.0)
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    loop = Loop(tiny, context, stage)
     loop.learner.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     start = tiny.head.weight.clone()
     batch = list(itertools.islice(loop.data.epoch(0), 1))
@@ -159,19 +163,22 @@ def test_a_gradient_that_is_infinite_at_every_scale_of_float16_stops(
 ) -> None:
     settings = dataclasses.replace(quick, amp=True, amp_dtype="float16", epochs=4)
     tiny.blocks[0].mlp.register_full_backward_hook(lambda m, gradients, _: (gradients[0] / 0,))
-    stage = StageFolder(tmp_path, stage_args(settings, world))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
     start = {name: value.clone() for name, value in tiny.state_dict().items()}
     # Sixteen updates of five an epoch take the scale from 2**16 to 1; the next one is not left out.
     with pytest.raises(VitslimError, match=r"gradient is not finite in epoch 4, step 2, first in"):
-        train(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+        train(tiny, context, stage)
     assert all(torch.equal(start[name], value) for name, value in tiny.state_dict().items())
 
 
 @pytest.mark.parametrize("more", [{"grad_checkpointing": True}, {"channels_last": True}])
 def test_what_saves_time_or_memory_changes_nothing(tiny, quick, world, tmp_path, more) -> None:
     quick = dataclasses.replace(quick, drop_path=0.3)
-    plain = search(tiny, quick, tmp_path / "plain", world)
-    other = search(tiny, dataclasses.replace(quick, **more), tmp_path / "other", world)
+    plain = search(tiny, StageContext("search", quick, world, tmp_path / "plain"))
+    other = search(
+        tiny, StageContext("search", dataclasses.replace(quick, **more), world, tmp_path / "other")
+    )
     for a, b in zip(plain.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -180,7 +187,7 @@ def test_two_batches_make_the_update_of_one_large_one(tiny, quick, world, tmp_pa
     quick = dataclasses.replace(quick, drop_path=None, opt="sgd", lr=0.1, mixup=0.0, cutmix=0.0)
     halves = dataclasses.replace(quick, batch_size=128, grad_accum_steps=2)
     one, two = (
-        search(tiny, settings, tmp_path / str(settings.batch_size), world)
+        search(tiny, StageContext("search", settings, world, tmp_path / str(settings.batch_size)))
         for settings in (quick, halves)
     )
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
@@ -200,8 +207,9 @@ def test_a_global_batch_is_shared(quick) -> None:
 
 def test_mixing_ends_when_it_is_told_to(tiny, quick, world, tmp_path) -> None:
     settings = dataclasses.replace(quick, mixup=0.8, mixup_off_epoch=2)
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    loop = Loop(tiny, context, stage)
     on = []
     for epoch in range(4):
         loop.learner.update.begin_epoch(epoch)
@@ -220,7 +228,7 @@ def test_the_penalty_grows_and_can_move_the_masks_itself(tiny, quick, world, tmp
     )
     penalty = Penalty(settings)
     assert [penalty.scale(progress) for progress in (0, 0.5, 2, 5)] == [0, 0.25, 1, 1]
-    masked = search(tiny, settings, tmp_path, world)
+    masked = search(tiny, StageContext("search", settings, world, tmp_path))
     masks = torch.cat([mask.flatten() for mask in vitslim.Masks.of(masked).mlp])
     assert 0 < (masks == 0).sum() < masks.numel()
 
@@ -231,20 +239,20 @@ def test_mixup_and_a_teacher_train(tiny, world, tmp_path) -> None:
         {"epochs": 1, "batch_size": 256, "mixup": 0.8, "cutmix": 1.0, "distill_loss_weight": 1.0},
     )
     teacher = timm.create_model("vit_tiny_patch16_224", **tiny_kwargs(tiny))
-    stage = StageFolder(tmp_path, stage_args(settings, world))
+    contexts = [
+        StageContext(name, settings, world, tmp_path / name) for name in ("with", "without")
+    ]
     losses = [
         train(
             timm.create_model("vit_tiny_patch16_224", **tiny_kwargs(tiny)),
-            settings,
-            StageFolder(tmp_path / str(bool(t)), stage.args),
-            world,
-            Journal("retrain", tmp_path / f"{bool(t)}.csv"),
-            teacher=t,
+            context,
+            open_stage(context, {}),
+            teacher=each,
         ).accuracy
-        for t in (teacher, None)
+        for context, each in zip(contexts, (teacher, None), strict=True)
     ]
     with_teacher, without = (
-        float(read_summary(tmp_path / f"{name}.csv")[0]["loss"]) for name in (True, False)
+        float(read_summary(context.output / "summary.csv")[0]["loss"]) for context in contexts
     )
     assert with_teacher > without
     assert all(0 <= accuracy <= 100 for accuracy in losses)
@@ -272,15 +280,16 @@ def test_a_stage_is_prepared_as_it_is_told_whatever_the_one_before_was(tiny, qui
 
 def test_a_search_gives_what_is_read_from_its_folder(tiny, quick, world, tmp_path) -> None:
     settings = dataclasses.replace(quick, epochs=1, drop_path=0.3)
-    masked = search(tiny, settings, tmp_path, world)
+    masked = search(tiny, StageContext("search", settings, world, tmp_path))
     assert isinstance(tiny.blocks[1].drop_path1, torch.nn.Identity)
     assert repr(masked) == repr(vitslim.load(tmp_path))
 
 
 def test_the_average_begins_with_the_first_update(tiny, quick, world, tmp_path) -> None:
     settings = dataclasses.replace(quick, model_ema=True, model_ema_decay=0.75)
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    loop = Loop(tiny, context, stage)
     batches, seen = loop.data.epoch(0), []
     for step in range(3):
         loop._update([next(batches)], 0, step)
@@ -307,8 +316,9 @@ def test_adaptive_clipping_leaves_the_classifier_alone(tiny, quick, world, tmp_p
     settings = dataclasses.replace(
         quick, opt="sgd", lr=1.0, weight_decay=0.0, clip_grad=1e-4, clip_mode="agc"
     )
-    stage = StageFolder(tmp_path, stage_args(settings, world))
-    loop = Loop(tiny, settings, stage, world, Journal("dense", None, quiet=True))
+    context = StageContext("dense", settings, world, tmp_path, resume=True)
+    stage = open_stage(context, {})
+    loop = Loop(tiny, context, stage)
     loop._update([next(loop.data.epoch(0))], 0, 0)
     fc = tiny.blocks[1].mlp.fc2
     assert fc.weight.grad.norm() <= 1.01e-4 * fc.weight.norm()

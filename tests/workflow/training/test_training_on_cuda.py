@@ -10,10 +10,12 @@ import timm
 import torch
 
 import vitslim
+from vitslim.allowed import KINDS
 from vitslim.workflow.options.settings import settings_for
-from vitslim.workflow.report.journal import read_summary
+from vitslim.workflow.runtime.context import StageContext
+from vitslim.workflow.runtime.journal import read_summary
+from vitslim.workflow.runtime.world import open_world
 from vitslim.workflow.search import search
-from vitslim.workflow.training.world import open_world
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 SMALL = {
@@ -31,7 +33,7 @@ def searched(images: Path, output: Path, device: str = "cuda", **more):
     given = {"data": f"folder:{images}", "epochs": 2, "batch_size": 8, "workers": 2, **more}
     settings = settings_for("search", {"drop_path": None, **given})
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    return search(model, settings, output, open_world(device))
+    return search(model, StageContext("search", settings, open_world(device), output))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_a_search_trains(images: Path, tmp_path: Path, more) -> None:
     rows = read_summary(tmp_path / "summary.csv")
     assert len(rows) == 2
     assert all(0 < float(row["loss"]) < 5 for row in rows)
-    assert vitslim.Masks.load(tmp_path / "masks.safetensors").kinds() == vitslim.masks.KINDS
+    assert vitslim.Masks.load(tmp_path / "masks.safetensors").kinds() == KINDS
 
 
 def test_the_gpu_learns_what_the_cpu_learns(images: Path, tmp_path: Path) -> None:

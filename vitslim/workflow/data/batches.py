@@ -14,13 +14,13 @@ from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 from ...errors import VitslimError
 from ..latency import input_shape
 from ..options.settings import Settings
-from ..training.world import World
+from ..runtime.seeds import untouched_random
+from ..runtime.world import World
 from .datasets import DIGITS_MEAN, DIGITS_STD, open_datasets
 from .fit import check_classes, check_size, classes_of
 from .images import Images, reason, told
 from .loading import Loader, Ordered, Streamed, around, within
 from .posterize import allow_no_bits
-from .sampling import untouched_random
 from .streams import Stream, is_stream
 from .synthetic import IMAGENET_TRAIN, IMAGENET_VAL, Synthetic
 

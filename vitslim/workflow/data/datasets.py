@@ -1,7 +1,7 @@
 """Opening what --data names: the embedded digits, an image folder, or any dataset timm knows."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ...errors import VitslimError
 from ..options.settings import Settings
-from ..training.world import World
+from ..runtime.world import World
 from .folders import open_folder
 from .hugging_face import STREAM, TABLE, Table, stream_keys
 from .images import Images
@@ -65,12 +65,14 @@ class Datasets:
         train: Images to train on.
         held_out: Images to evaluate on.
         num_classes: 0 where the data does not say it.
+        class_names: Name of every class in the order of its number; empty where there are none.
         notes: What was passed over, which the user should hear of.
     """
 
     train: Any
     held_out: Any
     num_classes: int
+    class_names: tuple[str, ...] = ()
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -86,7 +88,8 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
     _check_keys(settings)
     if settings.data == "digits":
         train, held_out = (Images(Digits(half), mode, "digits", skip) for half in (True, False))
-        return Datasets(train, held_out, DIGITS_CLASSES)
+        names = tuple(map(str, range(DIGITS_CLASSES)))
+        return Datasets(train, held_out, DIGITS_CLASSES, names)
     if settings.data.startswith("folder:"):
         root = Path(settings.data.removeprefix("folder:")).expanduser()
         readers, places, count, notes = open_folder(root)
@@ -94,7 +97,7 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
             Images(reader, mode, str(place), skip)
             for reader, place in zip(readers, places, strict=True)
         )
-        return Datasets(train, held_out, count, notes)
+        return Datasets(train, held_out, count, _names(readers[0]), notes)
     train = _open(settings, mode, settings.train_split, settings.train_num_samples, training=True)
     held_out = _open(settings, mode, settings.val_split, settings.val_num_samples, training=False)
     if is_stream(train) and settings.aug_repeats > 1:
@@ -113,7 +116,10 @@ def open_datasets(settings: Settings, mode: str, world: World) -> Datasets:
     # Shares of a held-out stream would be padded to equal length; a `Stream` counts images off.
     _share(held_out, 0, 1)
     return Datasets(
-        _by_index(train, mode, settings), _by_index(held_out, mode, settings), len(classes)
+        _by_index(train, mode, settings),
+        _by_index(held_out, mode, settings),
+        len(classes),
+        _names(train),
     )
 
 
@@ -124,6 +130,14 @@ def _check_keys(settings: Settings) -> None:
             f"{settings.data} has no columns: leave out --input-key and --target-key, "
             "which are for hfds/, hfids/, tfds/ and wds/."
         )
+
+
+def _names(dataset: Any) -> tuple[str, ...]:
+    """Returns the names of the classes in the order of their numbers."""
+    reader = getattr(dataset, "reader", dataset)
+    numbers: Mapping[Any, int] = getattr(reader, "class_to_idx", None) or {}
+    found = getattr(dataset, "classes", None) or sorted(numbers, key=lambda name: numbers[name])
+    return tuple(map(str, found))
 
 
 def _class_names(dataset: Any) -> Sequence[Any]:

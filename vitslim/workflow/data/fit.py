@@ -4,7 +4,7 @@ from torch import nn
 
 from ...errors import VitslimError
 from ..options.settings import Settings
-from ..training.world import World
+from ..runtime.world import World
 from .datasets import Datasets
 from .passed import sentence
 
@@ -36,7 +36,8 @@ def check_classes(settings: Settings, model: nn.Module, opened: Datasets) -> Non
         )
     heads = getattr(model, "num_classes", num_classes)
     if num_classes and heads != num_classes:
-        wrong = f"{settings.data} has {num_classes} classes and the model has {heads}: make the "
-        raise VitslimError(
-            sentence(opened.notes, f"{wrong}model with --model-kwargs num_classes={num_classes}.")
+        wrong = (
+            f"{settings.data} has {num_classes} classes and the model has {heads}: fine-tune it "
+            f"with `vitslim finetune`, or make it with --model-kwargs num_classes={num_classes}."
         )
+        raise VitslimError(sentence(opened.notes, wrong))

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from ...errors import VitslimError
 from ..options.settings import Settings
-from ..training.interrupt import SIGNALS
-from ..training.world import World
+from ..runtime.interrupt import SIGNALS
+from ..runtime.world import World
 from .sampling import Deal, Order, Seeded, SeededErasing
 from .streams import Stream
 

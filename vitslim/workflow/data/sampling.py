@@ -4,12 +4,8 @@ An epoch is a list of positions. Each has an image and a seed of its own, from w
 augmented. So an epoch is the same for any number of workers and processes and from any update on.
 """
 
-import hashlib
 import itertools
-import random
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-# Sets the seeds of erasing apart from those of the other augmentation of the same image, and both
-# from those of an update of the weights.
-ERASING, UPDATE = 1, 2
+from ..runtime.seeds import ERASING, seed_from
 
 
 class Key(NamedTuple):
@@ -123,34 +117,3 @@ class SeededErasing:
             seed_from(self.seed, self.epoch, position, ERASING, generator=generator)
             self.erase(image)
         return images
-
-
-def seed_from(seed: int, *key: int, generator: Any = None) -> None:
-    """Seeds random, numpy and torch from numbers that may be as alike as consecutive ones.
-
-    Args:
-        seed: Not negative.
-        key: Further numbers, not negative; another count of them gives other seeds.
-        generator: The generator of torch to seed; None is the one of the CPU.
-    """
-    # A hash, and for numpy a single word: an image is seeded in a third of the time that numpy's
-    # SeedSequence and the four words of it would take.
-    text = " ".join(map(str, (seed, *key)))
-    digest = hashlib.blake2b(text.encode(), digest_size=20).digest()
-    python, array, tensor = struct.unpack("<QIQ", digest)
-    random.seed(python)
-    np.random.seed(array)
-    # torch.manual_seed would take longer, for it goes through the generators of all devices.
-    (generator or torch.default_generator).manual_seed(tensor)
-
-
-@contextmanager
-def untouched_random(device: torch.device) -> Iterator[None]:
-    """Gives random, numpy and torch, also on the device, their states back after the block."""
-    numbers, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(numbers)
-        np.random.set_state(array)

@@ -10,7 +10,9 @@ from typing import Any
 
 from ...errors import VitslimError
 
-STAGES = ("dense", "search", "retrain")
+# The stages of a run, and all that a recipe can have a section for.
+OF_A_RUN = ("dense", "search", "retrain")
+STAGES = (*OF_A_RUN, "finetune")
 
 
 def option(

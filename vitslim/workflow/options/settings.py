@@ -16,7 +16,7 @@ from .recipes import open_recipe
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One stage of training: dense, search or retrain.
+    """One stage of training: dense, search, retrain or finetune.
 
     The defaults are DeiT's, as in the paper, but for its three repeats of every image.
     """
@@ -56,6 +56,13 @@ class Settings:
     warmup_epochs: int = option(5, "epochs of warm-up", least=0)
     sched: str = option("cosine", "timm schedule; none keeps the rate constant")
     weight_decay: float = option(0.05, "weight decay; masks, biases and norms have none", least=0)
+    layer_decay: float | None = option(
+        None,
+        "rate of a layer over that of the next one, none for equal rates",
+        above=0,
+        most=1,
+    )
+    freeze: bool = option(False, "train the classifier alone, a linear probe; --lr 1e-3 suits")
     clip_grad: float | None = option(None, "clip the gradient at this", above=0)
     clip_mode: str = option("norm", "how: norm, value or agc", choices=("norm", "value", "agc"))
     smoothing: float = option(0.1, "label smoothing", least=0, below=1)
@@ -225,11 +232,17 @@ ONLY_IN = {
     "l1_warmup_epochs": ("search",),
     "mask_lr_scale": ("search",),
     "forecast": ("search",),
-    "teacher": ("search", "retrain"),
-    "distill_type": ("search", "retrain"),
-    "distill_loss_weight": ("search", "retrain"),
-    "task_loss_weight": ("search", "retrain"),
-    "distill_temperature": ("search", "retrain"),
+    "freeze": ("dense", "finetune"),
+    **dict.fromkeys(
+        (
+            "teacher",
+            "distill_type",
+            "distill_loss_weight",
+            "task_loss_weight",
+            "distill_temperature",
+        ),
+        ("search", "retrain", "finetune"),
+    ),
 }
 
 
@@ -255,9 +268,10 @@ PAPER: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-3,
     },
     "retrain": {},
+    "finetune": {},
 }
 
-# A choice of the first takes the place of an earlier choice of the second.
+# Setting the key cancels an earlier setting of the value.
 _INSTEAD_OF = {"batch_size": "global_batch_size", "lr_base": "lr"}
 
 
@@ -265,7 +279,7 @@ def settings_for(stage: str, given: Mapping[str, Any]) -> Settings:
     """Makes the settings of a stage: defaults, the paper's, the data's own, then what was given.
 
     Args:
-        stage: `dense`, `search` or `retrain`.
+        stage: `dense`, `search`, `retrain` or `finetune`.
         given: What the user chose, by field name.
     """
     unknown = sorted(set(given) - set(FIELDS))
@@ -283,7 +297,10 @@ def settings_for(stage: str, given: Mapping[str, Any]) -> Settings:
 @cache
 def defaults(stage: str, data: str) -> Mapping[str, Any]:
     """Returns the settings of a stage that differ from those of `Settings`, for some data."""
-    own = of_stage(open_recipe("digits"), stage) if data == "digits" else {}
+    recipes = ["finetune"] if stage == "finetune" else []
+    own: dict[str, Any] = {}
+    for recipe in [*recipes, "digits"] if data == "digits" else recipes:
+        own = overlaid(own, of_stage(open_recipe(recipe), stage))
     return PAPER[stage] | {name: read_value(FIELDS[name], value) for name, value in own.items()}
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...allowed import KINDS
 from ...errors import VitslimError
 from ...masks import Masks
-from .kept import KINDS, scores
+from .kept import scores
 
 _SCALARS = ("loss", "penalty", "accuracy", "lr", "images_per_second")
 

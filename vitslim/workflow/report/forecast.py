@@ -16,8 +16,9 @@ from torch import nn
 from ...errors import VitslimError
 from ...masks import Masks
 from ...surgery import slim
+from ..options.choices import PlanOptions
+from ..runtime.journal import Journal, budget_text, read_table, write_table
 from ..threshold import threshold
-from .journal import Journal, budget_text, read_table, write_table
 from .kept import keeps
 
 COLUMNS = ("epoch", "budget", "accuracy", "params", "macs", "attention", "mlp", "token")
@@ -29,8 +30,7 @@ class Forecast:
     Args:
         budgets: What was asked for, by the name of the plan. One of latency is left out, for
             measuring would take longer than an epoch.
-        planning: Arguments of `vitslim.threshold`.
-        fold: Whether the masks' values are multiplied into the cut weights.
+        plans: How plans are made, and how the model is cut to them.
         folder: Where forecast.csv goes.
         journal: Where it is told; a quiet one makes this process write nothing.
     """
@@ -38,13 +38,12 @@ class Forecast:
     def __init__(
         self,
         budgets: Mapping[str, Mapping[str, Any]],
-        planning: Mapping[str, Any],
-        fold: bool,
+        plans: PlanOptions,
         folder: Path,
         journal: Journal,
     ) -> None:
         self.budgets = {}
-        self.planning, self.fold, self.journal = dict(planning), fold, journal
+        self.plans, self.journal = plans, journal
         self.path = folder / "forecast.csv"
         for budget in budgets.values():
             if "latency" in budget:
@@ -97,12 +96,12 @@ class Forecast:
     ) -> dict[str, Any]:
         row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "epoch": epoch, "budget": text}
         try:
-            plan = threshold(model, budget, masks=masks, **self.planning)
+            plan = threshold(model, budget, masks=masks, **self.plans.threshold_arguments)
         except VitslimError as error:
             self.journal.say(f"{text} cannot be met now: {error}")
             return row
         shares = {kind: float(flags.mean()) for kind, flags in keeps(plan, masks).items()}
-        accuracy = evaluate(slim(model, plan, self.fold))
+        accuracy = evaluate(slim(model, plan, self.plans.fold))
         return {**row, "accuracy": accuracy, **plan.reached, **shares}
 
     def _earlier(self, epoch: int) -> list[dict[str, str]]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ...allowed import KINDS
 from ...masks import Masks
 from ...plan import Plan
-
-KINDS = ("attention", "mlp", "token")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def report(run_folder: str | Path) -> Path:
     """Writes `report/index.html` and its pictures for a run or a stage, finished or going on.
 
     Args:
-        run_folder: Folder that `vitslim run`, `vitslim search` or `vitslim retrain` writes.
+        run_folder: Folder that `vitslim run`, `search`, `retrain` or `finetune` writes.
 
     Returns:
         Path of the page.
@@ -54,6 +54,8 @@ def report(run_folder: str | Path) -> Path:
         missing=record.missing,
         # A lone search has an accuracy and nothing to compare it with.
         rows=[] if record.kind == "search" else story.table(summary),
+        classes=story.class_table(summary),
+        models=list(summary.get("by_class") or ()),
         sizes=story.latency_sizes(summary),
         sections=sections,
         facts=_facts(record),
@@ -92,6 +94,8 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     names = {"cpu": "processor", "gpu": "GPU", "threads": "CPU threads", "torch": "PyTorch"}
     environment = record.summary.get("environment") or {}
     facts = [(names.get(name, name), str(value)) for name, value in environment.items() if value]
+    if classes := record.summary.get("classes"):
+        facts.append((f"{len(classes)} classes", story.listed(classes)))
     for slim in record.summary.get("slim", []):
         if slim.get("folder"):
             facts.append((f"slim model, {slim['budget']}", str(slim["folder"])))

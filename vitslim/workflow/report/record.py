@@ -14,8 +14,8 @@ from ...masks import Masks
 from ...plan import Plan
 from ..options.recipes import nested
 from ..options.settings import of_stage, settings_for
+from ..runtime.journal import budget_text, read_table
 from ..threshold import budget_name, parse_budget
-from .journal import budget_text, read_table
 from .ongoing import Progress, masks_so_far, progress, stage_facts
 
 _PARTS = ("summary.json", "summary.csv", "args.yaml", "search", "plans")
@@ -30,7 +30,7 @@ class Record:
 
     Attributes:
         folder: The folder.
-        kind: `run`, or the stage it holds: `dense`, `search` or `retrain`.
+        kind: `run`, or the stage it holds: `dense`, `search`, `retrain` or `finetune`.
         summary: summary.json of a run, empty before it ends; of a stage, as much of that as it has.
         args: What the user chose (args.yaml).
         stages: Rows of summary.csv per stage; a cell that is no number is left out.
@@ -95,12 +95,14 @@ def _kind(folder: Path) -> str:
         raise VitslimError(f"there is no folder {folder}; {advice}")
     if any((folder / part).exists() for part in _ROOMS):
         return "run"
+    stages = {row["stage"] for row in read_table(folder / "summary.csv") if row.get("stage")}
+    if stages == {"finetune"}:
+        return "finetune"
     args = stage_facts(folder).get("args")
     if (folder / "masks.safetensors").exists() or (args and "kinds" in args):
         return "search"
     if args:
         return "retrain" if "plan" in args else "dense"
-    stages = {row["stage"] for row in read_table(folder / "summary.csv") if row.get("stage")}
     if stages in ({"search"}, {"retrain"}):
         return stages.pop()
     if not any((folder / part).exists() for part in _PARTS):
@@ -139,12 +141,23 @@ def _summary_of_stage(record: Record) -> dict[str, Any]:
     summary = {name: args[name] for name in ("model", "data") if args.get(name)}
     if record.kind == "search" and "accuracy" in facts and "update" not in facts:
         summary["masked"] = {"accuracy": facts["accuracy"]}
+    if record.kind == "finetune" and "after" in facts:
+        summary |= {name: facts[name] for name in ("before", "after")}
+        summary["classes"] = _class_names(record)
     if record.kind == "retrain" and "retrained" in facts:
         entry = {name: facts.get(name) for name in ("cut", "retrained", "params", "macs")}
         plan = _plan_of_model(record)
         budget = record.folder.resolve().name if plan is None else budget_text(plan.budget)
         summary["slim"] = [{**entry, "budget": budget, "plan": "", "folder": str(record.folder)}]
     return summary
+
+
+def _class_names(record: Record) -> list[str]:
+    """Returns the names of the classes inside the saved model of a lone stage, if it has any."""
+    try:
+        return list(json.loads((record.folder / "config.json").read_text())["label_names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _plan_of_model(record: Record) -> Plan | None:

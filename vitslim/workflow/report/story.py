@@ -33,6 +33,23 @@ def percent(number: float | None) -> str:
     return DASH if number is None else f"{number:.2f} %"
 
 
+def listed(names: Sequence[str], most: int = 30) -> str:
+    """Lists names, and says how many more there are: `cat, dog and 8 more`."""
+    text = ", ".join(names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def class_table(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Makes the table of classes: name, and the accuracy of each model.
+
+    The class that the smallest model has lost most of comes first.
+    """
+    columns = list((summary.get("by_class") or {}).values())
+    rows = list(zip(summary.get("classes") or (), *columns, strict=False)) if columns else []
+    rows.sort(key=lambda row: (row[-1] or 0.0) - (row[1] or 0.0))
+    return [(name, [percent(value) for value in values]) for name, *values in rows]
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the cost table, every cell as text."""
@@ -47,13 +64,25 @@ class Row:
     latency: Sequence[tuple[str, str, str]]
 
 
-STAGE_NAMES = {"dense": "Dense model", "search": "Search", "retrain": "Retraining"}
-WHAT = {"run": "run", "search": "search", "retrain": "retraining", "dense": "training"}
+STAGE_NAMES = {
+    "dense": "Dense model",
+    "search": "Search",
+    "retrain": "Retraining",
+    "finetune": "Fine-tuning",
+}
+WHAT = {
+    "run": "run",
+    "search": "search",
+    "retrain": "retraining",
+    "dense": "training",
+    "finetune": "fine-tuning",
+}
 NO_SLIM = {
     "run": "There is no finished slim model in this run folder yet",
     "search": "This folder holds a search: it learns what can be removed, and removes nothing yet",
     "retrain": "There is no finished slim model in this folder yet",
     "dense": "This folder holds the training of a dense model",
+    "finetune": "This folder holds the fine-tuning of a model",
 }
 
 
@@ -62,6 +91,9 @@ def opening(kind: str, summary: Mapping[str, Any]) -> str:
     text = f"{NO_SLIM[kind]}. Below is what can be shown so far."
     if kind == "search" and (accuracy := accuracy_of(summary.get("masked"))) is not None:
         text = f"{NO_SLIM[kind]}. With its masks on, the model reaches {percent(accuracy)}."
+    if (accuracy := accuracy_of(summary.get("after"))) is not None:
+        before = percent(accuracy_of(summary.get("before")))
+        text = f"{NO_SLIM[kind]}. It reaches {percent(accuracy)}, and began at {before}."
     return text
 
 

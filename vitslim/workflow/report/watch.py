@@ -2,16 +2,14 @@
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...masks import Masks, mask_parameters
 from ..data.batches import Data
-from ..options.settings import Settings
-from ..training.evaluate import evaluate
-from ..training.world import World
+from ..evaluate import evaluate
+from ..runtime.context import StageContext
 from .board import Board, require_tensorboard
 from .forecast import Forecast
 
@@ -20,25 +18,14 @@ class Watch:
     """Called after every epoch: forecasts the cut models, and writes TensorBoard files.
 
     Args:
-        stage: Its name, such as `search` or `retrain/macs-60`.
-        output: The run folder, or that of a lone stage.
-        settings: Whether there is a TensorBoard, and how to evaluate.
-        world: The processes that evaluate; the primary one writes.
+        context: The stage; its primary process writes.
         forecast: What is cut to which budgets, in a search.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        output: Path,
-        settings: Settings,
-        world: World,
-        forecast: Forecast | None = None,
-    ) -> None:
-        self.stage, self.output, self.settings, self.world = stage, output, settings, world
-        self.forecast = forecast
+    def __init__(self, context: StageContext, forecast: Forecast | None = None) -> None:
+        self.context, self.forecast = context, forecast
         self._board: Board | None = None
-        self._has_board = settings.tensorboard and world.primary
+        self._has_board = context.settings.tensorboard and context.world.primary
         if self._has_board:
             require_tensorboard()
 
@@ -50,15 +37,16 @@ class Watch:
             data: To evaluate on.
             row: What summary.csv says of the epoch.
         """
+        context = self.context
         forecasts: list[dict[str, Any]] = []
         if self.forecast is not None:
             accuracy = functools.partial(
-                evaluate, data=data, world=self.world, settings=self.settings
+                evaluate, data=data, world=context.world, settings=context.settings
             )
             forecasts = self.forecast(model, row["epoch"], accuracy)
         if self._has_board:
             if self._board is None:
-                self._board = Board(self.output, self.stage, row["epoch"] - 1)
+                self._board = Board(context.output, context.name, row["epoch"] - 1)
             masks = Masks.of(model) if mask_parameters(model) else None
             self._board.epoch(row, masks, forecasts)
 

@@ -8,14 +8,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ...errors import VitslimError
-from ..options.settings import Settings
+from ..runtime.context import StageContext
 from .packing import pack_optimizer, unpack_optimizer
 from .penalty import Penalty
 from .prepare import prepare
 from .sharded import Plain, empty_slots, load_parts, shard
 from .state import State
 from .update import Batches, Told, Updater
-from .world import World
 
 
 class Learner:
@@ -23,22 +22,21 @@ class Learner:
 
     Args:
         model: What is trained, on the device already.
-        settings: How; the batch size is that of one process.
-        world: This process among all of them.
-        num_classes: Of the data.
-        penalty: Of a search.
+        context: How.
+        num_classes: How many classes the data has.
+        penalty: Penalty of a search.
         teacher: A model to imitate, or None.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
-        world: World,
+        context: StageContext,
         num_classes: int,
         penalty: Penalty | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
+        settings, world = context.settings, context.world
         self.model, self.world, self.sharded = model, world, settings.fsdp
         prepare(model, settings)
         self.average = None
@@ -46,7 +44,7 @@ class Learner:
             decay, warmup = settings.model_ema_decay, settings.model_ema_warmup
             self.average = ModelEmaV3(model, decay, use_warmup=warmup)
         self.plain = Plain(model) if self.sharded else None
-        self.update = Updater(model, settings, world, num_classes, penalty, teacher)
+        self.update = Updater(model, context, num_classes, penalty, teacher)
         if self.average is not None and self.sharded:
             shard(self.average.module, world)
 

@@ -10,16 +10,14 @@ from torch import nn
 
 from ...errors import VitslimError
 from ..data.batches import Data, open_data
-from ..options.settings import Settings
-from ..report.journal import Journal
+from ..evaluate import evaluate
+from ..runtime.context import StageContext
+from ..runtime.interrupt import Interrupt, Interrupted, Stopped, resume_command
 from .background import Background
-from .evaluate import evaluate
-from .interrupt import Interrupt, Interrupted, Stopped, resume_command
 from .learner import Learner
 from .optimise import make_scheduler
 from .penalty import Penalty
 from .state import StageFolder, State
-from .world import World
 
 After = Callable[[nn.Module, Data, Mapping[str, Any]], None]
 
@@ -29,11 +27,9 @@ class Loop:
 
     Args:
         model: What is trained, on the device already.
-        settings: How; the batch size is that of one process.
+        context: How, and where it is told.
         folder: Where checkpoints go.
-        world: This process among all of them.
-        journal: Where it is told.
-        penalty: Of a search.
+        penalty: Penalty of a search.
         teacher: A model to imitate, or None.
 
     Attributes:
@@ -46,18 +42,18 @@ class Loop:
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
+        context: StageContext,
         folder: StageFolder,
-        world: World,
-        journal: Journal,
         penalty: Penalty | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
-        self.settings, self.folder, self.world, self.journal = settings, folder, world, journal
+        settings, world = context.settings, context.world
+        self.settings, self.world, self.journal = settings, world, context.journal
+        self.folder = folder
         self.data = open_data(settings, model, world)
-        self.learner = Learner(model, settings, world, self.data.num_classes, penalty, teacher)
+        self.learner = Learner(model, context, self.data.num_classes, penalty, teacher)
         if (taught := self.learner.update.distillation) is not None and taught.teacher.note:
-            journal.say(taught.teacher.note)
+            self.journal.say(taught.teacher.note)
         self.updates = self.data.steps // settings.grad_accum_steps
         if not self.updates:
             raise VitslimError(
@@ -71,7 +67,7 @@ class Loop:
         self.facts: dict[str, Any] = {}
         self.done = 0
         self.written = True
-        # Of the epoch that is going on: summed over the images of this process, and the last one.
+        # Running sums of this epoch over the images of this process; the penalty is the last one.
         self.loss = self.images = self.seconds = self.penalty = 0.0
 
     def at(self, epoch: int) -> nn.Module | None:
@@ -153,7 +149,7 @@ class Loop:
             "loss": loss / seen,
             "penalty": self.penalty,
             "accuracy": accuracy,
-            "lr": self.learner.update.optimizer.param_groups[0]["lr"],
+            "lr": self._rate(),
             "images_per_second": seen / self.seconds,
             "seconds": self.seconds + time.perf_counter() - began,
         }
@@ -165,6 +161,11 @@ class Loop:
         self.rows = rows
         self.loss = self.images = self.seconds = 0.0
         self._save(accuracy)
+
+    def _rate(self) -> float:
+        """Returns the learning rate of the weights, before it is scaled by layer."""
+        group = self.learner.update.optimizer.param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
     def _heed(self, interrupt: Interrupt, saved: bool) -> None:
         """Saves and stops, if any process was asked to."""

@@ -4,7 +4,11 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -27,9 +31,7 @@ def make_optimizer(
     lr = settings.lr
     if lr is None:
         lr = settings.lr_base * images_per_update / 512
-    groups = param_groups_weight_decay(
-        model, settings.weight_decay, no_weight_decay_list=_undecayed(model)
-    )
+    groups = _groups(model, settings)
     masked = [parameter for _, parameter in mask_parameters(model)]
     masks = {id(parameter) for parameter in masked}
     for group in groups:
@@ -47,6 +49,21 @@ def make_optimizer(
         ) from error
 
 
+def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Returns timm's groups of all that is trained, by weight decay and perhaps by layer."""
+    decay, rate = settings.weight_decay, settings.layer_decay
+    if rate is None:
+        return param_groups_weight_decay(model, decay, no_weight_decay_list=_undecayed(model))
+    # A student in distillation: what stands beside it has no layer.
+    net = getattr(model, "student", model)
+    groups = param_groups_layer_decay(
+        net, decay, no_weight_decay_list=_undecayed(net), layer_decay=rate
+    )
+    own = {id(parameter) for parameter in net.parameters()}
+    beside = [p for p in model.parameters() if id(p) not in own]
+    return [*groups, {"params": beside, "weight_decay": decay}] if beside else groups
+
+
 def _undecayed(model: nn.Module) -> tuple[str, ...]:
     names = getattr(model, "no_weight_decay", None)
     return tuple(names()) if callable(names) else ()
@@ -56,7 +73,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, updates
     """Makes timm's schedule over so many updates an epoch, None for a rate that never changes."""
     name, steps = settings.sched, {}
     if name == "none":
-        if not settings.warmup_epochs:
+        # timm's schedules are what gives layers their own rates.
+        if not settings.warmup_epochs and settings.layer_decay is None:
             return None
         # Steps that change nothing, after the warm-up.
         name, steps = "step", {"decay_epochs": settings.epochs, "decay_rate": 1.0}

@@ -11,7 +11,7 @@ _DROPS = ("drop_path1", "drop_path2")
 
 
 def prepare(model: nn.Module, settings: Settings) -> None:
-    """Sets memory format, checkpointing and stochastic depth of a model, in place.
+    """Sets memory format, checkpointing, stochastic depth and what is frozen, in place.
 
     Args:
         model: A timm vision transformer, masked or slim or neither, on its device.
@@ -22,6 +22,17 @@ def prepare(model: nn.Module, settings: Settings) -> None:
     model.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.drop_path is not None:
         _set_drop_path(model, settings.drop_path)
+    if settings.freeze:
+        model.requires_grad_(False)
+        for parameter in classifier(model):
+            parameter.requires_grad_(True)
+
+
+def classifier(model: nn.Module) -> set[nn.Parameter]:
+    """Returns the parameters of a model's heads, of which a distilled one has two."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    return {parameter for head in heads for parameter in head.parameters()}
 
 
 def stochastic_depth(model: nn.Module) -> list[dict[str, nn.Module]]:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...errors import VitslimError
-from .world import World
+from ..runtime.world import World
 
 
 def shard(net: nn.Module, world: World, compiled: bool = False) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ...errors import VitslimError
 from ...files import atomic_write
+from ..runtime.world import World
 from .sharded import save_parts
-from .world import World
 
 
 class State(NamedTuple):
@@ -70,9 +70,13 @@ class StageFolder:
         path = self.path / "result.json"
         if not path.exists():
             return None
-        result = read_json(path)
+        result = self.read_result()
         self._check_args(result.get("args", {}))
         return result
+
+    def read_result(self) -> dict[str, Any]:
+        """Reads the result of a stage that is done."""
+        return read_json(self.path / "result.json")
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes the result, then lets go of the checkpoints, which are no longer needed."""
@@ -136,7 +140,7 @@ class StageFolder:
             shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
         beside.rename(folder)
-        # What is newer than this was damaged, or training would have gone on from there.
+        # Newer folders failed to load on resume; delete them.
         for old in self._folders():
             if old > folder:
                 shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,8 @@
 """A stage of training from its first update, or its newest checkpoint, to its result."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,13 +10,14 @@ from torch import nn
 from ...description import describe
 from ...errors import VitslimError
 from ..data.batches import Data
-from ..options.settings import Settings
-from ..report.journal import Journal
+from ..runtime.context import StageContext
+from ..runtime.world import World, cpu_threads
 from .loop import After, Loop
 from .penalty import Penalty
 from .prepare import restore, stochastic_depth
 from .state import StageFolder
-from .world import World, cpu_threads
+
+Before = Callable[[nn.Module, Data], dict[str, Any]]
 
 
 @dataclasses.dataclass
@@ -43,14 +43,12 @@ class Outcome:
 
 def train(
     model: nn.Module,
-    settings: Settings,
+    context: StageContext,
     folder: StageFolder,
-    world: World,
-    journal: Journal,
     *,
     penalty: Penalty | None = None,
     teacher: nn.Module | None = None,
-    before: Callable[[nn.Module, Data], dict[str, Any]] | None = None,
+    before: Before | None = None,
     after: After | None = None,
     keep_best: bool = False,
 ) -> Outcome:
@@ -58,10 +56,8 @@ def train(
 
     Args:
         model: What to train; with a checkpoint in the folder, only its shapes matter.
-        settings: How.
+        context: How, and where it is told.
         folder: Where checkpoints go.
-        world: This process among all of them.
-        journal: Where it is told.
         penalty: Of a search; the same in every process.
         teacher: A model to imitate, weighted by `settings.distill_loss_weight`.
         before: Called once before the first epoch; what it returns is kept with the checkpoints.
@@ -72,12 +68,12 @@ def train(
         VitslimError: The loss or a gradient is not finite; the last checkpoint stays as it was.
         Stopped: SIGTERM or SIGINT came; the update was finished and saved.
     """
-    settings = settings.among(world.size)
+    settings, world, journal = context.settings, context.world, context.journal
     # What cannot be saved at the end is refused before the first update.
     describe(model, ignore_hooks=True)
     own = stochastic_depth(model)
     with cpu_threads(settings.threads):
-        loop = Loop(model.to(world.device), settings, folder, world, journal, penalty, teacher)
+        loop = Loop(model.to(world.device), context, folder, penalty, teacher)
         with closing(loop.data):
             state, trouble = folder.latest()
             _insist(world, -1 if state is None else state.update, folder)
@@ -111,22 +107,19 @@ def train(
     )
 
 
-def open_stage(
-    folder: Path, args: dict[str, object], world: World, resume: bool, keep: int = 2
-) -> StageFolder:
+def open_stage(context: StageContext, identity: Mapping[str, Any]) -> StageFolder:
     """Opens the folder of a stage; what is in it already is gone on with only if asked.
 
     Args:
-        folder: The folder.
-        args: What the stage is told.
-        world: The processes, which must all see the same there.
-        resume: Whether to go on with what is in it.
-        keep: How many checkpoints are kept.
+        context: The stage.
+        identity: What must be the same when the stage goes on, beside its settings.
     """
-    stage = StageFolder(folder, args, keep)
-    if stage.started and not resume:
+    settings, world = context.settings, context.world
+    args = {**settings.binding(world.size), **identity}
+    stage = StageFolder(context.folder, args, settings.checkpoint_keep)
+    if stage.started and not context.resume:
         raise VitslimError(
-            f"{folder} holds an earlier run: add --resume to go on with it, "
+            f"{context.folder} holds an earlier run: add --resume to go on with it, "
             "or give another --output."
         )
     _insist(world, stage.result() is not None, stage)
@@ -140,14 +133,3 @@ def _insist(world: World, seen: int, stage: StageFolder) -> None:
             f"The processes do not see the same in {stage.path}: give an --output on a file system "
             "that they share, or start them again if it is one."
         )
-
-
-def stage_args(settings: Settings, world: World, **more: Any) -> dict[str, Any]:
-    """Returns what must not change when a stage goes on: what it is told, not how it is done."""
-    return {**settings.binding(world.size), **more}
-
-
-def journal_for(stage: str, folder: Path | None, world: World) -> Journal:
-    """Makes the journal of a stage that writes into `folder`/summary.csv."""
-    summary = None if folder is None else folder / "summary.csv"
-    return Journal(stage, summary, quiet=not world.primary)

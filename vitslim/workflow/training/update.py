@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ...errors import VitslimError
-from ..options.settings import Settings
+from ..evaluate import autocast
+from ..runtime.context import StageContext
+from ..runtime.seeds import seed_everything
 from .diagnosis import first_non_finite
 from .distill import Distillation
-from .evaluate import autocast
 from .optimise import make_mixup, make_optimizer
 from .penalty import Penalty
+from .prepare import classifier
 from .sharded import shard, whole
-from .world import World, seed_everything
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -36,9 +37,8 @@ class Updater:
 
     Args:
         model: What is trained.
-        settings: How.
-        world: This process among all of them.
-        num_classes: Of the data.
+        context: How.
+        num_classes: How many classes the data has.
         penalty: What is added for the masks; None trains without.
         teacher: A model to imitate, or None.
     """
@@ -46,12 +46,12 @@ class Updater:
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
-        world: World,
+        context: StageContext,
         num_classes: int,
         penalty: Penalty | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
+        settings, world = context.settings, context.world
         self.model, self.settings, self.world, self.penalty = model, settings, world, penalty
         net: nn.Module = model
         self.distillation = None
@@ -80,6 +80,9 @@ class Updater:
     def begin_epoch(self, epoch: int) -> None:
         """Goes to training mode; from some epoch on, batches may no longer be mixed."""
         self.net.train()
+        if self.settings.freeze:
+            # What is frozen neither drops anything nor gathers statistics.
+            self.model.eval()
         if self.mixup is not None and 0 < self.settings.mixup_off_epoch <= epoch:
             self.mixup.mixup_enabled = False
 
@@ -155,7 +158,7 @@ class Updater:
             clip_grads_with_norm_(parameters, clip, norm)
         elif clip is not None:
             # Adaptive clipping is for all but the classifier, as its paper says.
-            exempt = _classifier(self.model) if mode == "agc" else set()
+            exempt = classifier(self.model) if mode == "agc" else set()
             dispatch_clip_grad([p for p in parameters if p not in exempt], clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -189,10 +192,3 @@ class Updater:
         """Takes back what `state` gave."""
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _classifier(model: nn.Module) -> set[Tensor]:
-    """Returns the parameters of a model's heads, of which a distilled one has two."""
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    return {parameter for head in heads for parameter in head.parameters()}

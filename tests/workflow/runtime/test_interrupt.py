@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vitslim.workflow.training.interrupt import Interrupt, resume_command
+from vitslim.workflow.runtime.interrupt import Interrupt, resume_command
 
 # Without vitslim's package, which would import torch: this file needs the standard library alone.
-SOURCE = Path(__file__).parents[3] / "vitslim/workflow/training/interrupt.py"
+SOURCE = Path(__file__).parents[3] / "vitslim/workflow/runtime/interrupt.py"
 CHILD = f"""
 import importlib.util, signal, sys, time
 spec = importlib.util.spec_from_file_location("interrupt", {str(SOURCE)!r})

@@ -6,8 +6,8 @@ import io
 import pytest
 import torch
 
-from vitslim.workflow.report import journal as journal_module
-from vitslim.workflow.report.journal import COLUMNS, Bar, Journal, read_summary, write_table
+from vitslim.workflow.runtime import journal as journal_module
+from vitslim.workflow.runtime.journal import COLUMNS, Bar, Journal, read_summary, write_table
 
 
 class Terminal(io.StringIO):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ...errors import VitslimError
-from ..data.sampling import UPDATE, seed_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +115,6 @@ def _local(device: str) -> torch.device:
     if device.startswith("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)
-
-
-def seed_everything(seed: int, update: int, batch: int = 0) -> None:
-    """Seeds torch, numpy and random for a batch of an update, so that it can be replayed."""
-    seed_from(seed, update, batch, UPDATE)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager
