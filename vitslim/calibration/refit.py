@@ -1,22 +1,27 @@
 """Refitting what comes after a cut: the slim model's residual stream back to the uncut one's."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..families import Family, family_of
+from ..families import family_of
 from ..families.family import Half
 from ..layers import TokenSelect
 from ..layers.plain import is_plain
 from .images import Images
 from .ridge import STRENGTHS, Moments, best_strength, put_weights, weights_of
 from .spool import Spool
+from .watching import Point, watching
 
-# A part of the images that are only used to choose the strength of each ridge.
+# One batch in so many is held out where the strength of a ridge is chosen.
 HELD = 6
+# Streams that are there at once: the target's before a block and after each of its halves, the
+# slim model's before a half and after it, and what its last layer reads, four times as wide.
+_SPOOLS = 9
 
 
 @torch.no_grad()
@@ -32,44 +37,103 @@ def refit(
 ) -> None:
     """Refits proj and fc2 of every block of a slim model, in place, to another model's stream.
 
-    With h the slim model's residual stream on its own states, d the target's, x what proj reads in
-    the slim block, s the layer scale and w the weight of a token, the attention of a block gets
+    With h the slim model's residual stream on its own states, d' the target's after its attention,
+    x what proj reads in the slim block, s the layer scale and w the weight of a token, the
+    attention of a block gets
 
         W, b = argmin sum_tokens w |h + s (W x + b) - d'|^2 + ridge to the W, b there were
 
-    where d' is the target's stream after its attention; then the MLP likewise, with fc2. Every
-    block is fitted on what the blocks before it, fitted already, give. Sums are in float64, and
-    each ridge has the strength that predicts a sixth of the batches best from the others.
+    then the MLP likewise, with fc2. Every block is fitted on what the blocks before it, fitted
+    already, give. Sums are in float64. Each ridge has the strength whose solution of five sixths
+    of the batches is nearest on the others; with one batch, the strength in the middle.
 
     Args:
         slim: Made of a plan; bare, in evaluation mode.
         target: What it was cut from, or another model with the same blocks and channels.
         images: What both see.
-        weights: Of the tokens of all images, [images, tokens] per branch of every block; None is
-            all alike.
+        weights: Of tokens, [images, tokens] for every half of every block; None counts all alike.
         strengths: Of the ridges that are tried.
         memory: Bytes for the states of all images; what is beyond lies in temporary files.
         quiet: Whether there is no progress bar.
     """
     family = family_of(target, "calibrated")
     pairs = list(zip(family.sites(slim), family.sites(target), strict=True))
-    with Streams(family, images, memory) as streams:
-        streams.begin(slim, target)
+    each = memory // _SPOOLS
+    rest = None if weights is None else iter(weights)
+    with ExitStack() as streams:
+        wanted = streams.enter_context(Spool(each))
+        stream = streams.enter_context(Spool(each))
+        for batch, _ in images:
+            # The target's embedding is the slim model's: nothing of it was cut.
+            wanted.append(family.embed(target, batch))
+            stream.append(family.embed(slim, batch))
+        alive = None
         for one, other in tqdm(pairs, "refitting", unit="block", disable=quiet or None):
-            streams.enter(one.block, other.block)
-            for half in family.halves(one.block):
-                streams.read(half)
-                if is_plain(half.last):
-                    _refit(half, streams, strengths, None if weights is None else next(each))
-                streams.leave(half)
+            with ExitStack() as block:
+                halves, others = family.halves(one.block), family.halves(other.block)
+                points = [block.enter_context(Spool(each)) for _ in halves[1:]]
+                after = Spool(each)
+                inner = [Point(number, half.norm, "input") for number, half in enumerate(others)]
+                for state in wanted:
+                    with watching(inner[1:]) as seen:
+                        after.append(other.block(state))
+                    for number, spool in enumerate(points, 1):
+                        spool.append(seen[number])
+                wanted.close()
+                wanted = streams.enter_context(after)
+                select = getattr(one.block, "tokens", None)
+                gate: tuple[Tensor, ...] = ()
+                if isinstance(select, TokenSelect):
+                    alive = select.rows if alive is None else alive[select.rows]
+                    gate = (select.gate,)
+                    dropped = streams.enter_context(Spool(each))
+                    for state in stream:
+                        dropped.append(select(state))
+                    stream.close()
+                    stream = dropped
+                for half, goal in zip(halves, [*points, wanted], strict=True):
+                    weight = None if rest is None else next(rest)
+                    fitted = streams.enter_context(Spool(each))
+                    _half(half, gate, stream, goal, fitted, alive, weight, strengths, 4 * each)
+                    stream.close()
+                    stream = fitted
 
 
-@contextmanager
-def reading(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Gives a list of what a layer reads, from then on, newest last."""
-    read: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    try:
-        yield read
-    finally:
-        handle.remove()
+def _half(
+    half: Half,
+    gate: tuple[Tensor, ...],
+    stream: Spool,
+    goal: Spool,
+    fitted: Spool,
+    alive: Tensor | None,
+    weight: Tensor | None,
+    strengths: Sequence[float],
+    memory: int,
+) -> None:
+    """Refits the last layer of a half, and puts the stream after it into `fitted`."""
+    gamma = _gamma(half)
+    fits = is_plain(half.last)
+    moments = [Moments(half.last), Moments(half.last)] if fits else []
+    with Spool(memory) as reads:
+        begin = 0
+        for number, (state, wished) in enumerate(zip(stream, goal, strict=True)):
+            with watching([Point("read", half.last, "input")]) as seen:
+                half.layer(half.norm(state, *gate))
+            reads.append(seen["read"])
+            if fits:
+                wished = wished if alive is None else wished[:, alive]
+                rows = state.new_ones(state.shape[:2])
+                if weight is not None:
+                    rows = weight[begin : begin + len(state)].to(rows)
+                    rows = rows if alive is None else rows[:, alive]
+                begin += len(state)
+                held = moments[number % HELD == HELD - 1]
+                held.add(
+                    seen["read"].flatten(0, 1),
+                    ((wished - state) / gamma).flatten(0, 1),
+                    rows.flatten(),
+                )
+        if fits:
+            _solve(half.last, moments[0], moments[1], gamma, strengths)
+        for state, read in zip(stream, reads, strict=True):
+            fitted.append(state + half.scale(half.last(read)))
