@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from ..families import family_of
 from ..families.family import Half
 from ..layers import TokenSelect
-from ..layers.plain import is_plain
+from ..layers.plain import is_plain, like
 from .images import Images
 from .ridge import STRENGTHS, Moments, best_strength, put_weights, weights_of
 from .spool import Spool
@@ -137,3 +136,22 @@ def _half(
             _solve(half.last, moments[0], moments[1], gamma, strengths)
         for state, read in zip(stream, reads, strict=True):
             fitted.append(state + half.scale(half.last(read)))
+
+
+def _solve(
+    layer: nn.Linear, fitted: Moments, held: Moments, gamma: Tensor, strengths: Sequence[float]
+) -> None:
+    start = weights_of(layer)
+    strength = sorted(strengths)[len(strengths) // 2]
+    if held.rows and len(strengths) > 1:
+        strength = best_strength(fitted, held, start, gamma.double(), strengths)
+    put_weights(layer, (fitted + held).solve(start, strength))
+
+
+def _gamma(half: Half) -> Tensor:
+    """Returns the layer scale of a half, [channels] or [1], none of it so small as to be lost."""
+    gamma = getattr(half.scale, "gamma", None)
+    if gamma is None:
+        return like(half.last).new_ones(1)
+    tiny = 1e-4 * gamma.abs().max().clamp(min=torch.finfo(gamma.dtype).tiny)
+    return torch.where(gamma.abs() < tiny, torch.where(gamma < 0, -tiny, tiny), gamma)

@@ -22,6 +22,7 @@ class Moments:
         double = {"dtype": torch.float64, "device": layer.weight.device}
         self.inner = torch.zeros(columns, columns, **double)
         self.cross = torch.zeros(columns, layer.out_features, **double)
+        self.rows = 0
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Adds rows x [rows, inputs], y [rows, outputs] that count weight [rows] each."""
@@ -31,10 +32,12 @@ class Moments:
         # Products of a batch in the model's dtype, sums over batches in float64.
         self.inner += weighted @ x
         self.cross += weighted @ y
+        self.rows += len(x)
 
     def __add__(self, other: "Moments") -> "Moments":
         both = Moments(self.layer)
         both.inner, both.cross = self.inner + other.inner, self.cross + other.cross
+        both.rows = self.rows + other.rows
         return both
 
     def solve(self, start: Tensor, strength: float) -> Tensor:

@@ -33,9 +33,14 @@ class Spool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forgets the tensors and removes the files."""
         self._items.clear()
         if self._folder is not None:
             self._folder.cleanup()
+            self._folder = None
 
     def append(self, tensor: Tensor) -> None:
         """Puts in a tensor, which must not be changed afterwards."""
