@@ -10,8 +10,6 @@ def make(name="vit_tiny_patch16_224", dtype=torch.float64, **kwargs):
     torch.manual_seed(1)
     model = timm.create_model(name, **(SIZES | {"num_classes": 5} | kwargs))
     for name, parameter in model.named_parameters():
-        if name.endswith(("gamma", "bias")):
-            torch.nn.init.normal_(parameter, std=0.3)
-        elif parameter.dim() == 2:
+        if name.endswith(("gamma", "bias")) or parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitslim
 from vitslim.cost import Geometry
-from vitslim.workflow.threshold import even_plan
+from vitslim.planning.threshold import even_plan
 
 # ViT-Slim (CVPR 2022), tables 1 to 3: fraction kept -> parameters in M, MACs in G, as printed.
 DEIT_S = {

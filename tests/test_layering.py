@@ -13,8 +13,10 @@ SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 KNOWN_TO_BINDINGS = ("torch", "Python", "pyb")
 # Who may import whom, top to bottom; `ops` reaches the backends by name, in _dispatch alone.
 LEVELS = {
-    "cli": 11,
-    "workflow": 10,
+    "cli": 13,
+    "workflow": 12,
+    "oneshot": 11,
+    "planning": 10,
     "packed": 9,
     "checkpoint": 9,
     "model_card": 8,
@@ -22,6 +24,7 @@ LEVELS = {
     "parts": 7,
     "surgery": 7,
     "masks": 6,
+    "calibration": 6,
     "info": 6,
     "cost": 5,
     "families": 4,

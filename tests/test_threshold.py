@@ -9,8 +9,8 @@ import torch
 import vitslim
 from vitslim.cost import Geometry
 from vitslim.masks import Masks, mask_parameters
-from vitslim.workflow.ranking import Ranking
-from vitslim.workflow.threshold import budget_name, parse_budget, threshold
+from vitslim.planning.ranking import Ranking
+from vitslim.planning.threshold import budget_name, parse_budget, threshold
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ from .checkpoint import load, save  # which also registers the slim model with t
 from .cost import cost
 from .errors import VitslimError
 from .masks import Masks, sparsity_loss
+from .oneshot import importance, rotate
 from .ops import use_backend, why_not
 from .packed import PackedVisionTransformer, pack
 from .plan import Plan
+from .planning import threshold
 from .surgery import mask, slim
-from .workflow.threshold import threshold
 
 try:
     __version__ = version("vitslim")
@@ -23,9 +24,11 @@ __all__ = [
     "Plan",
     "VitslimError",
     "cost",
+    "importance",
     "load",
     "mask",
     "pack",
+    "rotate",
     "save",
     "slim",
     "sparsity_loss",

@@ -58,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _threshold(given: dict[str, Any]) -> None:
     from .checkpoint import load
     from .masks import Masks
+    from .planning.threshold import budget_name, parse_budget
     from .workflow.latency_budget import plan_for
     from .workflow.models import meta_model
-    from .workflow.threshold import budget_name, parse_budget
 
     folder = search_folder(given["search"])
     budgets = [parse_budget(text) for text in _need(given, "budget")]
@@ -108,9 +108,9 @@ def _eval(given: dict[str, Any]) -> None:
 
 def _cost(given: dict[str, Any]) -> None:
     from .cost import cost
+    from .planning.threshold import even_plan, parse_budget
     from .workflow.image_size import image_size, pixels
     from .workflow.models import meta_model, open_plan, plan_of
-    from .workflow.threshold import even_plan, parse_budget
 
     if "budget" in given and "plan" in given:
         raise VitslimError("--budget and --plan exclude each other.")

@@ -52,13 +52,13 @@ def run_verb(given: dict[str, Any]) -> None:
 
 
 def search_verb(given: dict[str, Any]) -> None:
+    from .planning.threshold import budget_name, parse_budget
     from .workflow.classifier import has_new_classifier
     from .workflow.models import open_model, open_teacher
     from .workflow.runtime.context import StageContext
     from .workflow.runtime.seeds import seed_everything
     from .workflow.runtime.world import open_world
     from .workflow.search import search
-    from .workflow.threshold import budget_name, parse_budget
 
     resume, asked = _resume(given), asked_by(given)
     choices, stages = asked.choices, asked.stages("search")
@@ -197,8 +197,8 @@ def model_of(choices: Choices) -> str:
 def _check_supported(choices: Choices) -> None:
     """Refuses what cannot be masked or met before weights are fetched or any data is read."""
     from .families import family_of
+    from .planning.threshold import check_budget, parse_budget
     from .workflow.models import meta_model
-    from .workflow.threshold import check_budget, parse_budget
 
     model = meta_model(model_of(choices), choices.model_kwargs)
     family_of(model, "masked").check(model, tuple(choices.kinds), "masked")

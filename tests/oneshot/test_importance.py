@@ -82,7 +82,9 @@ def test_magnitude_is_the_norm_of_a_units_weights(model):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_gives_a_plan_and_leaves_the_model_alone(model, images, labels, criterion):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    hooks = [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    ]
     scores = importance(model, (images, labels), criterion, kinds=None)
     for ranking in ("fractions", "macs"):
         plan = vitslim.threshold(model, "macs=60%", masks=scores, round_to=1, ranking=ranking)

@@ -138,7 +138,9 @@ def test_nothing_changes_but_the_copy(model, images):
     slim = vitslim.slim(model, narrow(model), calibrate=images)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert frozen and not any(p.requires_grad for p in slim.parameters())
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in [*model.modules(), *slim.modules()])
+    assert not any(
+        m._forward_pre_hooks or m._forward_hooks for m in [*model.modules(), *slim.modules()]
+    )
 
 
 def test_bad_input_is_one_sentence(model, images):

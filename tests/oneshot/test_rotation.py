@@ -53,7 +53,11 @@ def test_first_dimensions_are_the_best(model, images):
     def error(which, dims):
         return float((slim_to(which, dims).forward_features(images) - expected).norm())
 
-    first, last, unturned = (error(rotated, range(4)), error(rotated, range(4, 8)), error(model, range(4)))
+    first, last, unturned = (
+        error(rotated, range(4)),
+        error(rotated, range(4, 8)),
+        error(model, range(4)),
+    )
     assert first < 0.7 * last
     assert first < 0.8 * unturned
 

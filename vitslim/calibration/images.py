@@ -115,7 +115,7 @@ class Images:
             )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise VitslimError(f"labels are class numbers, integers, not {labels.dtype}")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
             raise VitslimError(
                 f"the labels go from {int(labels.min())} to {int(labels.max())}, and the model has "
                 f"{classes} classes, 0 to {classes - 1}"

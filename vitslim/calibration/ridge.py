@@ -52,7 +52,9 @@ class Moments:
         """
         diagonal = self.inner.diagonal()
         # A thousandth of the smallest strength for directions in which there is nothing at all.
-        ridge = strength * diagonal + 1e-7 * diagonal.mean().clamp(min=torch.finfo(start.dtype).tiny)
+        ridge = strength * diagonal + 1e-7 * diagonal.mean().clamp(
+            min=torch.finfo(start.dtype).tiny
+        )
         factor = torch.linalg.cholesky(self.inner + torch.diag(ridge))
         return start + torch.cholesky_solve(self.cross - self.inner @ start, factor)
 

@@ -31,9 +31,7 @@ def watching(points: Iterable[Point]) -> Iterator[dict[Any, Tensor]]:
         def before(_: nn.Module, inputs: tuple[Tensor, ...], key: Any = key) -> None:
             seen[key] = inputs[0]
 
-        def after(
-            _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, key: Any = key
-        ) -> None:
+        def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, key: Any = key) -> None:
             seen[key] = output
 
         handles.append(

@@ -8,10 +8,10 @@ from torch import nn
 from ..errors import VitslimError
 from ..masks import Masks
 from ..plan import Plan
+from ..planning.threshold import fraction_of, threshold
 from ..surgery import slim
 from .latency import measure
 from .models import base_model
-from .threshold import fraction_of, threshold
 
 STEPS = 6
 

@@ -30,6 +30,7 @@ from ..errors import VitslimError
 from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
+from ..planning.threshold import budget_name, parse_budget
 from .classifier import fit_classifier, has_new_classifier
 from .data.batches import open_data
 from .evaluate import accuracy_by_class
@@ -46,7 +47,6 @@ from .runtime.journal import Journal
 from .runtime.world import World, open_world
 from .search import search
 from .stage import run_stage
-from .threshold import budget_name, parse_budget
 from .training.state import StageFolder, read_json
 
 MOST_CLASSES = 100

@@ -8,10 +8,10 @@ import torch
 import vitslim
 from vitslim import Masks
 from vitslim.masks import mask_parameters
+from vitslim.planning.threshold import threshold
 from vitslim.workflow.options.choices import PlanOptions
 from vitslim.workflow.report.forecast import COLUMNS, Forecast
 from vitslim.workflow.runtime.journal import Journal, read_table, write_table
-from vitslim.workflow.threshold import threshold
 
 BUDGETS = {"macs-60": {"macs": "60%"}, "attention-0.5": {"attention": 0.5}}
 

@@ -13,13 +13,13 @@ import vitslim
 from vitslim import Masks
 from vitslim.allowed import KINDS
 from vitslim.masks import mask_parameters
+from vitslim.planning.threshold import budget_name, parse_budget
 from vitslim.workflow.report import story
 from vitslim.workflow.report.forecast import COLUMNS as FORECAST
 from vitslim.workflow.report.ongoing import Progress, masks_so_far, progress
 from vitslim.workflow.report.page import report
 from vitslim.workflow.report.record import read_record
 from vitslim.workflow.runtime.journal import COLUMNS, write_table
-from vitslim.workflow.threshold import budget_name, parse_budget
 
 BUDGETS = ("macs=60%", "params=1K")
 

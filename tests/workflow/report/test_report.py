@@ -11,9 +11,9 @@ from matplotlib.image import imread
 import vitslim
 from vitslim import Masks, Plan, VitslimError
 from vitslim.allowed import KINDS
+from vitslim.planning.threshold import budget_name, threshold
 from vitslim.workflow.report import kept, story
 from vitslim.workflow.report.page import _subtitle, report
-from vitslim.workflow.threshold import budget_name, threshold
 
 CUT = {"attention": 0.6, "mlp": 0.6}
 TOKENS = {**CUT, "token": 0.7}

@@ -15,10 +15,10 @@ from torch import nn
 
 from ...errors import VitslimError
 from ...masks import Masks
+from ...planning.threshold import threshold
 from ...surgery import slim
 from ..options.choices import PlanOptions
 from ..runtime.journal import Journal, budget_text, read_table, write_table
-from ..threshold import threshold
 from .kept import keeps
 
 COLUMNS = ("epoch", "budget", "accuracy", "params", "macs", "attention", "mlp", "token")

@@ -12,10 +12,10 @@ import yaml
 from ...errors import VitslimError
 from ...masks import Masks
 from ...plan import Plan
+from ...planning.threshold import budget_name, parse_budget
 from ..options.recipes import nested
 from ..options.settings import of_stage, settings_for
 from ..runtime.journal import budget_text, read_table
-from ..threshold import budget_name, parse_budget
 from .ongoing import Progress, masks_so_far, progress, stage_facts
 
 _PARTS = ("summary.json", "summary.csv", "args.yaml", "search", "plans")
