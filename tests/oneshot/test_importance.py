@@ -45,7 +45,8 @@ def test_fisher_is_taylor_with_labels_of_the_models_own(model, images):
         ]
     )
     expected = importance(model, (images, drawn), "taylor")
-    for one, other in zip(scores.attention + scores.mlp, expected.attention + expected.mlp):
+    found, wanted = (each.attention + each.mlp for each in (scores, expected))
+    for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -82,18 +83,18 @@ def test_magnitude_is_the_norm_of_a_units_weights(model):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_gives_a_plan_and_leaves_the_model_alone(model, images, labels, criterion):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    hooks = [
-        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-    ]
+    hooks = hooks_of(model)
     scores = importance(model, (images, labels), criterion, kinds=None)
     for ranking in ("fractions", "macs"):
         plan = vitslim.threshold(model, "macs=60%", masks=scores, round_to=1, ranking=ranking)
         assert vitslim.cost(vitslim.slim(model, plan)).macs <= 0.601 * vitslim.cost(model).macs
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert hooks == [
-        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-    ]
+    assert hooks == hooks_of(model)
+
+
+def hooks_of(model):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,8 @@ def test_nothing_changes_but_the_copy(model, images):
     slim = vitslim.slim(model, narrow(model), calibrate=images)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert frozen and not any(p.requires_grad for p in slim.parameters())
-    assert not any(
-        m._forward_pre_hooks or m._forward_hooks for m in [*model.modules(), *slim.modules()]
-    )
+    for module in (*model.modules(), *slim.modules()):
+        assert not module._forward_pre_hooks and not module._forward_hooks
 
 
 def test_bad_input_is_one_sentence(model, images):
@@ -159,5 +158,5 @@ def test_bad_input_is_one_sentence(model, images):
         vitslim.slim(model, plan, calibrate=images, target=make(depth=2))
     with pytest.raises(vitslim.VitslimError, match="target is in training mode"):
         vitslim.slim(model, plan, calibrate=images, target=make().train())
-    with pytest.raises(vitslim.VitslimError, match="call model.eval"):
+    with pytest.raises(vitslim.VitslimError, match="call model"):
         vitslim.slim(model.train(), plan, calibrate=images)

@@ -1,6 +1,6 @@
 """What modules read and give while a model runs."""
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ class Point(NamedTuple):
     """A place in a model: what a module reads, or what it gives.
 
     Attributes:
-        key: Under which the tensor is found.
+        key: Under which the tensor is found; anything that a dict takes.
         module: Whose call is watched.
         side: "input" or "output".
     """
 
-    key: Hashable
+    key: Any
     module: nn.Module
     side: str
 

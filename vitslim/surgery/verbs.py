@@ -83,10 +83,12 @@ def slim(
 ) -> Any:
     """Returns a physically smaller copy: ragged heads, narrower MLPs, fewer tokens, no masks.
 
-    With `calibrate` what is kept makes up for what is cut, without training: proj, fc2 and their
-    biases are refitted, block by block, so that on these images the residual stream comes as near
-    as it can to that of the model before the cut. See `vitslim.calibration.refit`. The copy is of a class of its own, such as SlimVisionTransformer, which is the model's class
+    The copy is of a class of its own, such as SlimVisionTransformer, which is the model's class
     otherwise. Hooks, training mode, dtype, device and what is frozen stay as they are.
+
+    With `calibrate`, what is kept makes up for what is cut, without training: proj, fc2 and their
+    biases are refitted, block by block, so that on these images the residual stream comes as near
+    as it can to that of the model before the cut. See `vitslim.calibration.refit`.
 
     Args:
         model: A masked model, or the dense one it was made of; wrapped or not, as for `mask`.
