@@ -93,6 +93,14 @@ def test_a_classifier_that_fits_stays(context) -> None:
     assert done.result["before"] == done.result["after"]
 
 
+def test_a_classifier_of_as_many_other_classes_does_not_fit(context, capsys) -> None:
+    two = timm.create_model("vit_tiny_patch16_224", **{**TINY, "in_chans": 3, "num_classes": 2})
+    two.pretrained_cfg["label_names"] = ["cat", "dog"]
+    done = finetune(two, context)
+    assert "the classifier of other 2 classes is made anew for the 2 of" in capsys.readouterr().out
+    assert done.model.pretrained_cfg["label_names"] == ["dark", "light"]
+
+
 def test_a_masked_model_is_refused(five, context) -> None:
     with pytest.raises(VitslimError, match=r"A masked model is not fine-tuned: fine-tune the den"):
         finetune(vitslim.mask(five), context)

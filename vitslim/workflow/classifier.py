@@ -10,8 +10,8 @@ from .data.fit import classes_of
 from .runtime.context import StageContext
 
 
-def fit_classifier(model: nn.Module, context: StageContext) -> None:
-    """Makes a model's classifier anew where the data has another number of classes, in place.
+def fit_classifier(model: nn.Module, context: StageContext) -> bool:
+    """Makes a model's classifier anew where the data has other classes, in place.
 
     The names of the classes go into `pretrained_cfg["label_names"]`, where timm has them.
 
@@ -19,30 +19,34 @@ def fit_classifier(model: nn.Module, context: StageContext) -> None:
         model: A timm vision transformer, dense or slim.
         context: Whose settings name the data; its journal is told of a new classifier.
 
+    Returns:
+        Whether the classifier is new.
+
     Raises:
         VitslimError: The model has no classifier, and the data does not say how many classes.
     """
     settings = context.settings
     if settings.synthetic or getattr(model, "global_pool", None) == "":
-        return
+        return False
     opened = open_datasets(settings, "RGB", context.world)
-    count = opened.num_classes
-    if not count and not classes_of(model):
+    count, known = opened.num_classes, classes_of(model)
+    if not count and not known:
         raise VitslimError(
             f"The model has no classifier, and {settings.data} does not say how many classes it "
             "has: give --model-kwargs num_classes=N."
         )
-    if count > 1 and classes_of(model) != count:
+    config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    before, now = config.pop("label_names", None), list(opened.class_names)
+    renamed = bool(before and now and list(before) != now)
+    new = count > 1 and (known != count or renamed)
+    if new:
+        what = f"{known} classes" if known != count else f"other {known} classes"
         context.journal.say(
-            f"the classifier of {classes_of(model)} classes is made anew for the {count} of "
-            f"{settings.data}"
+            f"the classifier of {what} is made anew for the {count} of {settings.data}"
         )
         model.reset_classifier(count)
-    config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
-    config.pop("label_names", None)
-    if opened.class_names:
-        config["label_names"] = list(opened.class_names)
-    model.pretrained_cfg = config
+    model.pretrained_cfg = {**config, "label_names": now} if now else config
+    return new
 
 
 def has_new_classifier(model: nn.Module) -> bool:

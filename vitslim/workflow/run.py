@@ -180,14 +180,17 @@ def _write_args(job: Job) -> None:
 def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
     """Returns the dense model and its accuracy, trained unless it came with weights that fit."""
     context = _context(job, "dense", world)
+    why = ""
 
     def build() -> nn.Module:
+        nonlocal why
         model = open_model(job.model, job.pretrained, job.model_kwargs)
-        fit_classifier(model, context)
+        # Also one that --model-kwargs num_classes made.
+        new = has_new_classifier(model) | fit_classifier(model, context)
+        why = _why_trained(job, new)
         return model
 
-    def trains(model: nn.Module) -> bool:
-        why = _why_trained(job, model)
+    def trains(_: nn.Module) -> bool:
         doing = f"is trained first: {why}" if why else "has weights and is evaluated as it is"
         context.journal.say(f"{job.model} {doing}")
         return bool(why)
@@ -201,11 +204,11 @@ def _dense(job: Job, world: World) -> tuple[nn.Module, float]:
     return done.model, float(done.result["accuracy"])
 
 
-def _why_trained(job: Job, model: nn.Module) -> str:
+def _why_trained(job: Job, new_classifier: bool) -> str:
     """Says why the dense model is trained; empty where its weights fit the data."""
     if not (job.pretrained or Path(job.model).is_dir()):
         return "it came without weights"
-    if has_new_classifier(model):
+    if new_classifier:
         return "its classifier is new"
     return "as --train-dense or --dense-epochs ask" if job.train_dense else ""
 
