@@ -6,7 +6,7 @@ from .checkpoint import load, save  # which also registers the slim model with t
 from .cost import cost
 from .errors import VitslimError
 from .masks import Masks, sparsity_loss
-from .oneshot import importance, rotate
+from .oneshot import compress, importance, rotate
 from .ops import use_backend, why_not
 from .packed import PackedVisionTransformer, pack
 from .plan import Plan
@@ -23,6 +23,7 @@ __all__ = [
     "PackedVisionTransformer",
     "Plan",
     "VitslimError",
+    "compress",
     "cost",
     "importance",
     "load",
