@@ -41,7 +41,10 @@ LEVELS = {
 }
 # The same inside `workflow`; a file at its top is a room of its own.
 WORKFLOW = {
-    "run": 8,
+    "run": 9,
+    "compress": 9,
+    "cut": 8,
+    "summary": 6,
     "retrain": 7,
     "finetune": 6,
     "search": 6,

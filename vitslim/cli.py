@@ -13,6 +13,7 @@ from typing import Any
 from .cli_options import parse
 from .cli_training import (
     asked_by,
+    compress_verb,
     finetune_verb,
     model_of,
     retrain_verb,
@@ -197,6 +198,7 @@ def _info(given: dict[str, Any]) -> None:
 
 VERBS = {
     "run": run_verb,
+    "compress": compress_verb,
     "search": search_verb,
     "threshold": _threshold,
     "retrain": retrain_verb,

@@ -95,17 +95,21 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_choices(group: Any, names: Iterable[str], **defaults: str) -> None:
+def add_choices(
+    group: Any, names: Iterable[str], recipe: str | None = None, **defaults: str
+) -> None:
     """Adds choices of a run, each with its default.
 
     Args:
         group: A parser or a group of one.
         names: Of the choices.
+        recipe: A shipped one with defaults of the verb's own.
         **defaults: What the help says instead, by name.
     """
+    own = {} if recipe is None else open_recipe(recipe)
     for name in names:
         field = CHOICES[name]
-        value = [] if field.default is dataclasses.MISSING else field.default
+        value = own.get(name, [] if field.default is dataclasses.MISSING else field.default)
         shown = defaults.get(name) or _shown(value)
         add_option(group, field, "", f"{field.metadata['help']} [{shown}]")
 
@@ -127,11 +131,21 @@ def add_planning(parser: Parser, training: bool = True) -> None:
     add_choices(parser.group("threshold"), PLANNING, round_to=usual)
 
 
-def add_settings(parser: Parser, stage: str) -> None:
-    """Adds the settings of one stage, each with its default."""
+def add_settings(
+    parser: Parser, stage: str, recipe: str | None = None, without: tuple[str, ...] = ()
+) -> None:
+    """Adds the settings of one stage, each with its default.
+
+    Args:
+        parser: Of the verb.
+        stage: Whose settings they are.
+        recipe: A shipped one with defaults of the verb's own.
+        without: Settings that the verb does not take.
+    """
     for name, title in _grouped():
-        if belongs(name, stage):
-            add_option(parser.group(title), SETTINGS[name], "", _help(name, (stage,)))
+        if belongs(name, stage) and name not in without:
+            text = _help(name, (stage,), recipe)
+            add_option(parser.group(title), SETTINGS[name], "", text)
 
 
 def add_settings_of_run(parser: Parser) -> None:
@@ -194,11 +208,11 @@ def _grouped() -> Iterable[tuple[str, str]]:
         yield name, title
 
 
-def _help(name: str, stages: tuple[str, ...]) -> str:
+def _help(name: str, stages: tuple[str, ...], recipe: str | None = None) -> str:
     """Tells what a setting is and its default; for several stages, where these differ too."""
     field = SETTINGS[name]
     usual, digits = (
-        {stage: defaults(stage, data).get(name, field.default) for stage in stages}
+        {stage: defaults(stage, data, recipe).get(name, field.default) for stage in stages}
         for data in ("", "digits")
     )
     shown = _by_stage(usual) + (f"; digits {_by_stage(digits)}" if digits != usual else "")

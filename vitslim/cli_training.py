@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .cli_verbs import COMPRESSING
 from .errors import VitslimError
 from .files import atomic_write
 from .workflow.options.asked import Asked, ask, record
@@ -171,9 +172,46 @@ def finetune_verb(given: dict[str, Any]) -> None:
         print(f"{output}: accuracy {done.result['after']['accuracy']:.2f} %")
 
 
-def asked_by(given: dict[str, Any]) -> Asked:
-    """Lays the flags over the recipes of -c."""
-    return ask(given.pop("config", ()), given)
+def compress_verb(given: dict[str, Any]) -> None:
+    from .workflow.compress import CompressJob, compress
+    from .workflow.cut import default_criterion
+
+    resume, asked = _resume(given), asked_by(given, "compress")
+    choices = asked.choices
+    name, output = model_of(choices), _output(choices)
+    choices = dataclasses.replace(choices, criterion=choices.criterion or default_criterion())
+    epochs = int(asked.chosen["retrain"].get("epochs", 0))
+    if epochs < 0:
+        raise VitslimError(f"--retrain-epochs must be at least 0, not {epochs}.")
+    # A stage has one epoch at least; this one is left out.
+    chosen = {**asked.chosen, "retrain": {**asked.chosen["retrain"], "epochs": max(epochs, 1)}}
+    stages = dataclasses.replace(asked, chosen=chosen).stages("retrain")
+    if not choices.budget:
+        raise VitslimError("--budget is needed.")
+    _check_supported(choices)
+    recipe = record(choices.some(COMPRESSING), stages)
+    recipe["retrain"]["epochs"] = epochs
+    compress(
+        CompressJob(
+            output=output,
+            budgets=choices.budget,
+            settings=stages["retrain"],
+            model=name,
+            pretrained=choices.pretrained,
+            model_kwargs=choices.model_kwargs,
+            kinds=choices.kinds,
+            plans=choices.plans,
+            options=choices.compression,
+            retrain=epochs > 0,
+            resume=resume,
+            given=recipe,
+        )
+    )
+
+
+def asked_by(given: dict[str, Any], recipe: str | None = None) -> Asked:
+    """Lays the flags over the recipes of -c, and those over the recipe of the verb."""
+    return ask(given.pop("config", ()), given, recipe)
 
 
 def _resume(given: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from .cli_options import (
     add_settings_of_run,
     add_some_settings,
 )
+from .workflow.options.recipes import open_recipe
 
 # What `vitslim eval` takes of the settings, and of a recipe.
 EVAL = (
@@ -29,6 +30,10 @@ EVAL = (
     *("bad_images", "batch_size", "crop_pct", "workers", "device", "amp", "amp_dtype"),
 )
 EVAL_BATCH_SIZE = 64
+# What `vitslim compress` takes of the choices.
+LOOKING = ("calibration_images", "criterion", "rotate", "refit", "kinds")
+CUTTING = ("round_to", "floor", "ranking")
+COMPRESSING = ("model", "pretrained", "model_kwargs", "output", "budget", *LOOKING, *CUTTING)
 
 
 def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
@@ -45,7 +50,7 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for add in (
-        *(_run, _search, _threshold, _retrain, _finetune),
+        *(_run, _compress, _finetune, _search, _threshold, _retrain),
         *(_eval, _cost, _export, _bench, _report, _info),
     ):
         add(verbs)
@@ -97,6 +102,35 @@ def _run(verbs: Any) -> None:
     add_masks(parser)
     add_planning(parser)
     add_settings_of_run(parser)
+
+
+def _compress(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "compress",
+        "MODEL --budget BUDGET --output DIR [options]",
+        "make a trained model smaller in minutes, without training",
+        "vitslim compress runs/photos --data folder:PHOTOS --budget macs=60% --budget macs=40% "
+        "--output runs/small",
+        config=True,
+        more="\n\nIts heads are rotated, all units scored, a plan made for each budget, and what "
+        "is kept is refitted\nto what the model computed. A folder of images without classes is "
+        "enough to look at. Training\noptions have timm's names and are for --retrain-epochs "
+        "alone; all defaults are those of the recipe\ncompress.",
+    )
+    add_model(parser)
+    add_budget(parser)
+    add_output(parser, "where the slim models, their plans and the report go")
+    add_choices(parser, LOOKING, recipe="compress", criterion="that of vitslim.compress")
+    usual = f"{open_recipe('compress')['round_to']}; digits {open_recipe('digits')['round_to']}"
+    add_choices(parser.group("threshold"), CUTTING, recipe="compress", round_to=usual)
+    parser.group("optimisation").add_argument(
+        "--retrain-epochs",
+        type=int,
+        metavar="N",
+        help="train what is left so many epochs, with the dense model as teacher [0]",
+    )
+    add_settings(parser, "retrain", recipe="compress", without=("epochs",))
 
 
 def _search(verbs: Any) -> None:

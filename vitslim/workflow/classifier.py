@@ -10,7 +10,7 @@ from .data.fit import classes_of
 from .runtime.context import StageContext
 
 
-def fit_classifier(model: nn.Module, context: StageContext) -> bool:
+def fit_classifier(model: nn.Module, context: StageContext, may_renew: bool = True) -> bool:
     """Makes a model's classifier anew where the data has other classes, in place.
 
     The names of the classes go into `pretrained_cfg["label_names"]`, where timm has them.
@@ -18,12 +18,14 @@ def fit_classifier(model: nn.Module, context: StageContext) -> bool:
     Args:
         model: A timm vision transformer, dense or slim.
         context: Whose settings name the data; its journal is told of a new classifier.
+        may_renew: Whether a classifier that does not fit is made anew, or refused.
 
     Returns:
         Whether the classifier is new.
 
     Raises:
-        VitslimError: The model has no classifier, and the data does not say how many classes.
+        VitslimError: The model has no classifier, and the data does not say how many classes; or
+            the classifier does not fit and may not be made anew.
     """
     settings = context.settings
     if settings.synthetic or getattr(model, "global_pool", None) == "":
@@ -39,8 +41,13 @@ def fit_classifier(model: nn.Module, context: StageContext) -> bool:
     before, now = config.pop("label_names", None), list(opened.class_names)
     renamed = bool(before and now and list(before) != now)
     new = count > 1 and (known != count or renamed)
+    what = f"{known} classes" if known != count else f"other {known} classes"
+    if new and not may_renew:
+        raise VitslimError(
+            f"The model has a classifier of {what} and {settings.data} has {count}, so that its "
+            "accuracy would be chance: fine-tune it first with `vitslim finetune`."
+        )
     if new:
-        what = f"{known} classes" if known != count else f"other {known} classes"
         context.journal.say(
             f"the classifier of {what} is made anew for the {count} of {settings.data}"
         )

@@ -1,11 +1,13 @@
 """Accuracy on held-out images."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import VitslimError
+from ..packed import pack
 from .data.batches import Data
 from .options.settings import Settings
 from .runtime.interrupt import Interrupted, interrupted
@@ -33,6 +35,15 @@ def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> 
     if not total_seen:
         raise VitslimError(f"{settings.data} has no image that can be read to evaluate on.")
     return 100 * total_right / total_seen
+
+
+def evaluate_at_rest(model: nn.Module, data: Data, world: World, settings: Settings) -> float:
+    """Does what `evaluate` does with a model that is not being trained: packed, on a CPU."""
+    if world.device.type == "cpu" and not settings.amp:
+        # One that cannot be packed is evaluated as it is: the result is the same.
+        with suppress(VitslimError):
+            model = pack(model)
+    return evaluate(model, data, world, settings)
 
 
 def accuracy_by_class(

@@ -150,7 +150,7 @@ def test_processes_evaluate_every_image_once_and_the_same_each_time(images: Path
 
 def test_shards_cover_every_image_once() -> None:
     dataset = Digits(False)
-    shards = [Shard(dataset, rank, 7) for rank in range(7)]
+    shards = [Shard(dataset, range(rank, len(dataset), 7)) for rank in range(7)]
     assert sorted(i for shard in shards for i in shard.indices) == list(range(360))
     assert shards[3][1] == dataset[10]
 

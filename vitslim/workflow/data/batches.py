@@ -96,12 +96,7 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
     shape = input_shape(model)
     if settings.synthetic:
         return _synthetic(settings, model, world)
-    if shape[0] not in (1, 3):
-        raise VitslimError(
-            f"The model takes images of {shape[0]} channels, and files give 1 or 3: make it with "
-            "--model-kwargs in_chans=3."
-        )
-    mode = "L" if shape[0] == 1 else "RGB"
+    mode = mode_of(shape[0])
     opened = open_datasets(settings, mode, world)
     check_classes(settings, model, opened)
     classes = classes_of(model)
@@ -113,7 +108,7 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
     images = _checked(opened.train, settings, mode, classes, fill=True)
     train = _training(images, settings, config, world)
     held_out = _checked(opened.held_out, settings, mode, classes)
-    evaluation = _evaluation(held_out, settings, config, world)
+    evaluation = evaluation_loader(held_out, settings, config, world)
     return Data(
         train,
         evaluation,
@@ -121,6 +116,16 @@ def open_data(settings: Settings, model: nn.Module, world: World) -> Data:
         world.device,
         (within(train.loader), within(evaluation)),
     )
+
+
+def mode_of(channels: int) -> str:
+    """Returns the PIL mode of images for a model."""
+    if channels not in (1, 3):
+        raise VitslimError(
+            f"The model takes images of {channels} channels, and files give 1 or 3: make it with "
+            "--model-kwargs in_chans=3."
+        )
+    return "L" if channels == 1 else "RGB"
 
 
 def image_statistics(
@@ -176,9 +181,17 @@ def _training(
     return Ordered(loader, dataset, settings, world)
 
 
-def _evaluation(
-    dataset: Images | Stream, settings: Settings, config: dict[str, Any], world: World
+def evaluation_loader(
+    dataset: Any, settings: Settings, config: dict[str, Any], world: World
 ) -> Any:
+    """Makes the loader of this process's share of images as they are evaluated.
+
+    Args:
+        dataset: `Images` or some of them, or a `Stream`.
+        settings: Batch size, crop and workers.
+        config: timm's, of the model: size, mean, deviation, crop, interpolation.
+        world: The processes that share the images.
+    """
     share: Any = dataset.share(world.rank, world.size)
     loader = create_loader(
         _timms(share),
@@ -190,7 +203,7 @@ def _evaluation(
         loader,
         share,
         batch_size=settings.batch_size,
-        persistent_workers=settings.workers > 0 and isinstance(dataset, Images),
+        persistent_workers=settings.workers > 0 and not isinstance(dataset, Stream),
     )
 
 

@@ -1,6 +1,7 @@
 """Reading images one by one, and what is said and done about one that cannot be read."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,11 @@ class Images(Dataset[tuple[Any, Any]]):
 
     def share(self, rank: int, size: int) -> "Shard":
         """Returns every `size`-th image."""
-        return Shard(self, rank, size)
+        return Shard(self, range(rank, len(self), size))
+
+    def some(self, indices: Sequence[int]) -> "Shard":
+        """Returns the images of these numbers."""
+        return Shard(self, indices)
 
     def name(self, index: int) -> str:
         """The file of an image where there is one, else its number."""
@@ -101,11 +106,10 @@ class Images(Dataset[tuple[Any, Any]]):
 
 
 class Shard(Dataset[Any]):
-    """Every `size`-th image of a dataset, so that processes evaluate each image exactly once."""
+    """Some images of a dataset by number, so that processes evaluate each image exactly once."""
 
-    def __init__(self, dataset: Any, rank: int, size: int) -> None:
-        self.dataset = dataset
-        self.indices = range(rank, len(dataset), size)
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
 
     @property
     def transform(self) -> Any:
@@ -118,6 +122,10 @@ class Shard(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def share(self, rank: int, size: int) -> "Shard":
+        """Returns every `size`-th of them."""
+        return Shard(self.dataset, self.indices[rank::size])
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.indices[index]]

@@ -27,10 +27,12 @@ class Asked:
     Attributes:
         choices: Of the run.
         chosen: Settings of each stage, without defaults.
+        recipe: The shipped recipe whose settings are the defaults of the verb, if it has one.
     """
 
     choices: Choices
     chosen: Mapping[str, Mapping[str, Any]]
+    recipe: str | None = None
 
     def stages(self, *names: str) -> dict[str, Settings]:
         """Returns the settings of stages, defaults included; who imitates has a teacher.
@@ -38,7 +40,7 @@ class Asked:
         Raises:
             VitslimError: A setting is out of range, or no stage gives the teacher any weight.
         """
-        stages = {name: settings_for(name, self.chosen[name]) for name in names}
+        stages = {name: settings_for(name, self.chosen[name], self.recipe) for name in names}
         named = any(settings.teacher for settings in stages.values())
         if named and not any(settings.distill_loss_weight for settings in stages.values()):
             raise VitslimError("--teacher needs --distill-loss-weight, the weight of imitating it.")
@@ -50,12 +52,13 @@ class Asked:
         }
 
 
-def ask(recipes: Iterable[str], flags: Mapping[str, Any]) -> Asked:
+def ask(recipes: Iterable[str], flags: Mapping[str, Any], recipe: str | None = None) -> Asked:
     """Lays recipes over each other and flags over all of them.
 
     Args:
         recipes: Shipped names or files; a later one stands over an earlier one.
         flags: By name; `search_lr` is the rate of the search alone.
+        recipe: A shipped one whose options are the defaults of the verb, under the data's own.
 
     Raises:
         VitslimError: A recipe cannot be read, or something in it is unknown or of a wrong type.
@@ -64,15 +67,18 @@ def ask(recipes: Iterable[str], flags: Mapping[str, Any]) -> Asked:
     layers.append(checked(nested(flags), "the command line"))
     data = next((layer["data"] for layer in reversed(layers) if "data" in layer), Settings.data)
     choices: dict[str, Any] = {}
+    if recipe is not None:
+        own = checked(open_recipe(recipe), recipe)
+        choices = {name: value for name, value in own.items() if name in CHOICES}
     if data == "digits":
         own = checked(open_recipe("digits"), "digits")
-        choices = {name: own[name] for name in PLANNING if name in own}
+        choices |= {name: own[name] for name in PLANNING if name in own}
     chosen: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for layer in layers:
         choices |= {name: value for name, value in layer.items() if name in CHOICES}
         for stage in STAGES:
             chosen[stage] = overlaid(chosen[stage], of_stage(layer, stage))
-    return Asked(Choices(**choices), chosen)
+    return Asked(Choices(**choices), chosen, recipe)
 
 
 def checked(layer: Layer, source: str) -> dict[str, Any]:

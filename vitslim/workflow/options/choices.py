@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ...allowed import GRANULARITIES, KINDS, RANKINGS, TOKEN_GATES, TOKEN_RULES, TOKEN_STARTS
+from ...allowed import (
+    CRITERIA,
+    GRANULARITIES,
+    KINDS,
+    RANKINGS,
+    TOKEN_GATES,
+    TOKEN_RULES,
+    TOKEN_STARTS,
+)
 from .option import check_value, option
 
 
@@ -63,6 +71,23 @@ class PlanOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompressOptions:
+    """How a model is looked at, and cut without training."""
+
+    calibration_images: int = option(
+        1024, "training images to look at without augmentation, or all there are", least=1
+    )
+    rotate: bool = option(
+        False, "rotate the heads first, so that their first dimensions matter most"
+    )
+    criterion: str | None = option(None, "what units are scored by", choices=CRITERIA)
+    refit: bool = option(True, "refit what is left to what the model computed before the cut")
+    compress: bool = option(
+        False, "cut the dense model to the same budgets without a search too, and retrain that"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """What to work on."""
 
@@ -82,7 +107,7 @@ class _Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices(PlanOptions, MaskOptions, _Job):
+class Choices(CompressOptions, PlanOptions, MaskOptions, _Job):
     """Everything that a run can be told beside the settings of its stages."""
 
     def __post_init__(self) -> None:
@@ -103,6 +128,11 @@ class Choices(PlanOptions, MaskOptions, _Job):
         """The choices on plans."""
         return PlanOptions(**_values(self, (*PLANNING, "fold")))
 
+    @property
+    def compression(self) -> CompressOptions:
+        """The choices on what is done without training."""
+        return CompressOptions(**_values(self, COMPRESS))
+
 
 def _values(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
@@ -110,4 +140,5 @@ def _values(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Choices)}
 MASK = tuple(field.name for field in dataclasses.fields(MaskOptions))
+COMPRESS = tuple(field.name for field in dataclasses.fields(CompressOptions))
 PLANNING = tuple(each.name for each in dataclasses.fields(PlanOptions) if each.name != "fold")

@@ -77,6 +77,8 @@ def read_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
 
 def check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
     """Raises VitslimError where a value of the right type is none that the option can have."""
+    if value is None:
+        return
     option = f"--{field.name.replace('_', '-')}"
     choices, limits = field.metadata["choices"], field.metadata["limits"]
     if choices and not set(value if isinstance(value, tuple) else [value]) <= set(choices):

@@ -275,12 +275,13 @@ PAPER: dict[str, dict[str, Any]] = {
 _INSTEAD_OF = {"batch_size": "global_batch_size", "lr_base": "lr"}
 
 
-def settings_for(stage: str, given: Mapping[str, Any]) -> Settings:
+def settings_for(stage: str, given: Mapping[str, Any], recipe: str | None = None) -> Settings:
     """Makes the settings of a stage: defaults, the paper's, the data's own, then what was given.
 
     Args:
         stage: `dense`, `search`, `retrain` or `finetune`.
         given: What the user chose, by field name.
+        recipe: A shipped recipe of defaults under the data's own; of a fine-tuning, `finetune`.
     """
     unknown = sorted(set(given) - set(FIELDS))
     if unknown:
@@ -291,16 +292,17 @@ def settings_for(stage: str, given: Mapping[str, Any]) -> Settings:
             typed[name] = read_value(FIELDS[name], value)
         except ValueError as error:
             raise VitslimError(f"Option {name} {error}.") from None
-    return Settings(**overlaid(defaults(stage, typed.get("data", Settings.data)), typed))
+    return Settings(**overlaid(defaults(stage, typed.get("data", Settings.data), recipe), typed))
 
 
 @cache
-def defaults(stage: str, data: str) -> Mapping[str, Any]:
+def defaults(stage: str, data: str, recipe: str | None = None) -> Mapping[str, Any]:
     """Returns the settings of a stage that differ from those of `Settings`, for some data."""
-    recipes = ["finetune"] if stage == "finetune" else []
+    under = recipe or ("finetune" if stage == "finetune" else None)
     own: dict[str, Any] = {}
-    for recipe in [*recipes, "digits"] if data == "digits" else recipes:
-        own = overlaid(own, of_stage(open_recipe(recipe), stage))
+    for name in (under, "digits" if data == "digits" else None):
+        if name is not None:
+            own = overlaid(own, of_stage(open_recipe(name), stage))
     return PAPER[stage] | {name: read_value(FIELDS[name], value) for name, value in own.items()}
 
 
