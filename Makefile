@@ -1,4 +1,5 @@
-# make run       set up if needed, then the main job: search, cut and retrain a ViT on real images
+# make run       set up if needed, then the main job: search, cut and retrain a ViT on real images,
+#                and beside it the same cut without a search
 # make test      set up if needed, then the tests, but for the slow ones: minutes on two cores
 # make test-all  the same, then the slow ones: sanitizers, every kernel compiled for GPUs, kills
 PYTHON ?= python3
@@ -19,7 +20,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 .PHONY: ablation gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
 
 run: $(VENV)/.built
-	$(PY) -m vitslim run --data digits --budget macs=60% --output $(OUTPUT) --resume
+	$(PY) -m vitslim run --data digits --budget macs=60% --compress --output $(OUTPUT) --resume
 	@echo "report: $(OUTPUT)/report/index.html"
 
 # How many processes share the tests' files, each with one thread; 0 for none but pytest itself.

@@ -99,6 +99,9 @@ def _run(verbs: Any) -> None:
         "weights it is trained first [for digits: a small ViT]",
     )
     add_choices(parser, ("pretrained", "model_kwargs", "train_dense", "fold"))
+    add_choices(parser, ("compress", "calibration_images"))
+    add_choices(parser, ("criterion",), criterion="that of vitslim.compress")
+    add_choices(parser, ("rotate",))
     add_masks(parser)
     add_planning(parser)
     add_settings_of_run(parser)
@@ -147,7 +150,7 @@ def _search(verbs: Any) -> None:
     add_model(parser)
     add_output(parser, "where the masked model, its masks and the checkpoints go")
     add_budget(parser, "evaluate the model cut to this after every epoch: ")
-    add_choices(parser, ("fold",))
+    add_choices(parser, ("fold", "rotate", "calibration_images"))
     add_masks(parser)
     add_planning(parser)
     add_settings(parser, "search")

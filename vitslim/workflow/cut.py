@@ -145,8 +145,9 @@ class Cutting:
             seed=self.settings.seed,
             quiet=not self.world.primary,
         )
-        if self.world.primary:
-            prepared.scores.save(self.output / "scores.safetensors")
+        path = self.output / "scores.safetensors"
+        if self.world.primary and ("token" in self.kinds or not path.exists()):
+            prepared.scores.save(path)
         took = time.perf_counter() - began
         how = "rotated and scored" if self.options.rotate else "scored"
         self.journal.say(f"{self.base} {how} in {took:.1f} s")

@@ -3,6 +3,7 @@
     args.yaml  summary.csv  summary.json
     dense/  search/                 models; search/ also masks.safetensors
     plans/NAME.json  retrain/NAME/  slim/NAME/     one per budget, e.g. macs-60
+    compress/                                      the same without a search, with --compress
     report/
 
 Every stage that is done is skipped, so the same command finishes a run that was killed, and
@@ -11,45 +12,38 @@ more budgets can be added to a run without searching again.
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 import yaml
 from torch import nn
 
-from .. import __version__
 from ..checkpoint import load
-from ..cost import cost
 from ..errors import VitslimError
 from ..files import atomic_write
 from ..masks import Masks
 from ..plan import Plan
 from ..planning.threshold import budget_name, parse_budget
 from .classifier import fit_classifier, has_new_classifier
-from .data.batches import open_data
-from .evaluate import accuracy_by_class
+from .cut import Cutting
 from .image_size import image_size
 from .latency import measure
 from .latency_budget import plan_for
 from .models import open_model, open_plan, open_teacher
-from .options.choices import MaskOptions, PlanOptions
+from .options.choices import CompressOptions, MaskOptions, PlanOptions
 from .options.settings import Settings
 from .report.page import report
+from .report.text import text_table
 from .retrain import retrain
 from .runtime.context import StageContext
 from .runtime.journal import Journal
 from .runtime.world import World, open_world
 from .search import search
 from .stage import run_stage
+from .summary import by_class, class_names, entry, environment
 from .training.state import StageFolder, read_json
-
-MOST_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +59,8 @@ class Job:
         model_kwargs: timm's arguments for the constructor.
         masks: Which masks the search learns.
         plans: How plans are made and the model is cut to them.
+        looking: Whether heads are rotated before the search, and whether and how the dense model is
+            compressed too.
         train_dense: Whether the dense model is trained although its weights fit the data.
         resume: Whether to go on with what is in the folder.
         given: The whole merged recipe, for args.yaml.
@@ -78,6 +74,7 @@ class Job:
     model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     masks: MaskOptions = dataclasses.field(default_factory=MaskOptions)
     plans: PlanOptions = dataclasses.field(default_factory=PlanOptions)
+    looking: CompressOptions = dataclasses.field(default_factory=CompressOptions)
     train_dense: bool = False
     resume: bool = False
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,6 +93,7 @@ def run(job: Job) -> dict[str, Any]:
         dense,
         _context(job, "search", world),
         masks=job.masks,
+        rotate=job.looking.calibration_images if job.looking.rotate else None,
         teacher=_teacher(job, "search", dense, world),
         budgets=budgets,
         plans=job.plans,
@@ -117,38 +115,88 @@ def run(job: Job) -> dict[str, Any]:
             {
                 "name": name,
                 "budget": budget,
+                "method": "searched",
                 "plan": f"plans/{name}.json",
                 "folder": f"slim/{name}",
                 **{key: result[key] for key in ("cut", "retrained", "params", "macs")},
             }
         )
+    compressed = _compressed(job, dense, budgets, world) if job.looking.compress else []
     summary: dict[str, Any] = {}
-    by_class = _by_class(job, dense, slims, world)
+    folders = {each["folder"]: job.output / each["folder"] for each in (*slims, *compressed)}
+    classes = _by_class(job, dense, slims, compressed, world)
     if world.primary:
         trained = time.perf_counter()
         journal.say("measuring latency")
         searched = read_json(job.output / "search" / "result.json")
         models: dict[str, nn.Module] = {"dense": dense, "masked": masked}
-        models |= {f"slim/{each['name']}": load(job.output / each["folder"]) for each in slims}
+        models |= {name: load(folder) for name, folder in folders.items()}
         latency = measure({name: model.to(world.device) for name, model in models.items()})
         summary = {
             "model": job.model,
             "data": job.stages["search"].data,
             "img_size": image_size(dense),
-            "classes": _class_names(dense),
-            "by_class": by_class,
+            "classes": class_names(dense),
+            "by_class": classes,
             "seconds": _seconds(job.output, *(time.perf_counter() - t for t in (began, trained))),
-            "environment": _environment(world),
-            "dense": _entry(dense, dense_accuracy, latency["dense"]),
-            "masked": _entry(masked, searched["accuracy"], latency["masked"]),
-            "slim": [each | {"latency_ms": latency[f"slim/{each['name']}"]} for each in slims],
+            "environment": environment(world),
+            "dense": entry(dense, dense_accuracy, latency["dense"]),
+            "masked": entry(masked, searched["accuracy"], latency["masked"]),
+            "slim": [each | {"latency_ms": latency[each["folder"]]} for each in slims],
         }
+        if job.looking.compress:
+            summary["images"] = max(each["images"] for each in compressed)
+            summary["compressed"] = [
+                each | {"latency_ms": latency[each["folder"]]} for each in compressed
+            ]
         _write_args(job)
         atomic_write(job.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         page = report(job.output)
+        print(text_table(summary))
         journal.say(f"done in {summary['seconds']:.0f} s, report in {page}")
     world.wait()
     return summary
+
+
+def _compressed(
+    job: Job, dense: nn.Module, budgets: Mapping[str, Mapping[str, Any]], world: World
+) -> list[dict[str, Any]]:
+    """Takes the dense model the other way, and retrains in the same manner.
+
+    Tokens are cut where a budget names them.
+    """
+    found = []
+    for tokens in (False, True):
+        some = {name: budget for name, budget in budgets.items() if ("token" in budget) == tokens}
+        cutting = Cutting(
+            dense,
+            job.model,
+            job.output / "compress",
+            job.stages["retrain"],
+            world,
+            tuple(kind for kind in job.masks.kinds if kind != "token" or tokens),
+            dataclasses.replace(job.plans, ranking="macs"),
+            dataclasses.replace(job.looking, rotate=True),
+        )
+        for each in cutting.all(some):
+            name, teacher = each["name"], _teacher(job, "retrain", dense, world)
+            result = cutting.retrain(name, f"compress/{name}", job.output, teacher)
+            each["retrained"] = result["retrained"]
+            found.append(each | {key: f"compress/{each[key]}" for key in ("plan", "folder")})
+    return sorted(found, key=lambda each: list(budgets).index(each["name"]))
+
+
+def _by_class(
+    job: Job,
+    dense: nn.Module,
+    slims: list[dict[str, Any]],
+    compressed: list[dict[str, Any]],
+    world: World,
+) -> dict[str, list[float | None]]:
+    """Returns the accuracy of every class, of the dense model and after each retraining."""
+    folders = {each["name"]: job.output / each["folder"] for each in slims}
+    folders |= {f"{each['name']}, compressed": job.output / each["folder"] for each in compressed}
+    return by_class(dense, folders, _context(job, "dense", world).settings, world)
 
 
 def _claim(job: Job, world: World) -> None:
@@ -243,59 +291,10 @@ def _plan(job: Job, masked: nn.Module, name: str, budget: Mapping[str, Any], wor
     return open_plan(path)
 
 
-def _class_names(model: nn.Module) -> list[str]:
-    return list(model.pretrained_cfg.get("label_names") or ())
-
-
-def _by_class(
-    job: Job, dense: nn.Module, slims: list[dict[str, Any]], world: World
-) -> dict[str, list[float | None]]:
-    """Returns the accuracy of every class, of the dense model and after each budget's retraining.
-
-    Classes without names, and so many that no table shows them, are left out.
-    """
-    if not 0 < len(_class_names(dense)) <= MOST_CLASSES:
-        return {}
-    context = _context(job, "dense", world)
-    models = {"dense": dense} | {each["name"]: load(job.output / each["folder"]) for each in slims}
-    with closing(open_data(context.settings, dense, world)) as data:
-        return {
-            name: accuracy_by_class(model.to(world.device), data, world, context.settings)
-            for name, model in models.items()
-        }
-
-
-def _entry(model: nn.Module, accuracy: float, latency: Mapping[str, float]) -> dict[str, Any]:
-    params, macs = cost(model)
-    return {"accuracy": accuracy, "params": params, "macs": macs, "latency_ms": dict(latency)}
-
-
 def _seconds(folder: Path, now: float, since_trained: float) -> float:
     """Seconds of the whole run, also where this process only went on with it."""
     results = [folder / "dense/result.json", folder / "search/result.json"]
     results += (folder / "retrain").glob("*/result.json")
+    results += (folder / "compress").glob("*/*/result.json")
     trained = sum(float(read_json(path)["seconds"]) for path in results)
     return max(now, trained + since_trained)
-
-
-def _environment(world: World) -> dict[str, Any]:
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "vitslim": __version__,
-        "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
-        "device": (
-            torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        ),
-        "processes": world.size,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -18,7 +18,7 @@ def report(run_folder: str | Path) -> Path:
     """Writes `report/index.html` and its pictures for a run or a stage, finished or going on.
 
     Args:
-        run_folder: Folder that `vitslim run`, `search`, `retrain` or `finetune` writes.
+        run_folder: Folder that `vitslim run`, `compress`, `search`, `retrain` or `finetune` writes.
 
     Returns:
         Path of the page.
@@ -28,7 +28,8 @@ def report(run_folder: str | Path) -> Path:
     """
     record = read_record(Path(run_folder))
     summary = record.summary
-    sections = [pictures.section(record, name, plan) for name, plan in record.plans.items()]
+    plans = {**record.plans, **record.compressed}
+    sections = [pictures.section(record, name, plan) for name, plan in plans.items()]
     common = {
         "accuracy": pictures.accuracy(summary),
         "masks": pictures.masks(record),
@@ -54,6 +55,8 @@ def report(run_folder: str | Path) -> Path:
         missing=record.missing,
         # A lone search has an accuracy and nothing to compare it with.
         rows=[] if record.kind == "search" else story.table(summary),
+        searching=record.kind != "compress",
+        compressing=record.kind == "compress" or bool(record.compressed),
         classes=story.class_table(summary),
         models=list(summary.get("by_class") or ()),
         sizes=story.latency_sizes(summary),
@@ -96,7 +99,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts = [(names.get(name, name), str(value)) for name, value in environment.items() if value]
     if classes := record.summary.get("classes"):
         facts.append((f"{len(classes)} classes", story.listed(classes)))
-    for slim in record.summary.get("slim", []):
+    if images := record.summary.get("images"):
+        facts.append(("images looked at", str(images)))
+    for slim in story.slims(record.summary):
         if slim.get("folder"):
-            facts.append((f"slim model, {slim['budget']}", str(slim["folder"])))
+            way = ", compressed" if story.is_compressed(slim) else ""
+            facts.append((f"slim model, {slim['budget']}{way}", str(slim["folder"])))
     return facts

@@ -47,7 +47,7 @@ class Section:
 
 def accuracy(summary: Mapping[str, Any]) -> list[Picture]:
     """Draws accuracy against MACs and against every measured latency."""
-    models = [summary.get("dense"), summary.get("masked"), *summary.get("slim", [])]
+    models = [summary.get("dense"), summary.get("masked"), *story.slims(summary)]
     macs = [model["macs"] for model in models if model and model.get("macs")]
     unit, letter = (1e6, "M") if macs and max(macs) < 0.5e9 else (1e9, "G")
     panels = {"macs": f"MACs ({letter} multiply-accumulates for one image)"} if macs else {}
@@ -64,16 +64,23 @@ def accuracy(summary: Mapping[str, Any]) -> list[Picture]:
 
     for kind, name in (("dense", "dense"), ("searched", "masked")):
         add(kind, summary.get(name), story.accuracy_of(summary.get(name)))
-    for slim in summary.get("slim", []):
+    for slim in story.slims(summary):
         for stage in ("cut", "retrained"):
-            add(stage, slim, story.accuracy_of(slim.get(stage)))
+            kind = f"compressed, {stage}" if story.is_compressed(slim) else stage
+            add(kind, slim, story.accuracy_of(slim.get(stage)))
     if not points or not panels:
         return []
-    caption = (
-        "Further left is cheaper, further up is better. A slim model stands twice at the same "
-        "cost: right after the cut, and after retraining. The searched model still carries its "
-        "masks, so nothing is saved yet. A number beside a triangle at the lower edge is the "
-        "accuracy of a model that lies below the axis."
+    caption = "Further left is cheaper, further up is better."
+    if any(slim.get("retrained") for slim in story.slims(summary)):
+        caption += (
+            " A slim model stands twice at the same cost: right after the cut, and after "
+            "retraining."
+        )
+    if summary.get("masked"):
+        caption += " The searched model still carries its masks, so nothing is saved yet."
+    caption += (
+        " A number beside a triangle at the lower edge is the accuracy of a model that lies below "
+        "the axis."
     )
     content = plots.png(plots.accuracy_against_cost(points, panels))
     alt = "Scatter plots of top-1 accuracy against MACs and measured latency"
@@ -82,7 +89,7 @@ def accuracy(summary: Mapping[str, Any]) -> list[Picture]:
 
 def section(record: Record, name: str, plan: Plan) -> Section:
     """Draws what one plan keeps."""
-    sizes = kept.dense_sizes(record.masks, plan)
+    sizes = kept.dense_sizes(record.masks or record.scores, plan)
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
     widths, tokens = [], []
     if heads := kept.head_widths(plan, sizes):

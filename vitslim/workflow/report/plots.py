@@ -66,7 +66,10 @@ MARKERS = {
     "searched": ("D", PINK, "searched: same size, soft masks"),
     "cut": ("v", ORANGE, "slim, right after the cut"),
     "retrained": ("o", BLUE, "slim, retrained"),
+    "compressed, cut": ("^", GREEN, "compressed without training"),
+    "compressed, retrained": ("P", SKY, "compressed, retrained"),
 }
+CURVES = ("retrained", "compressed, cut", "compressed, retrained")
 
 
 def png(figure: Figure) -> bytes:
@@ -170,12 +173,15 @@ def accuracy_against_cost(points: Sequence[Point], panels: Mapping[str, str]) ->
     for axes in subplots:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(text, handle)
+    lines = -(-len(handles) // 4)
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.03 + 0.05 * lines, 1, 1))
     return figure
 
 
 def _cost_panel(axes: Axes, points: Sequence[Point], key: str, low: float) -> None:
+    # One curve has the names of the budgets, which stand at the same cost on all of them.
+    named = next((kind for kind in CURVES if any(p.kind == kind for p in points)), None)
     for kind, (marker, colour, label) in MARKERS.items():
         some = sorted((p for p in points if p.kind == kind), key=lambda p: p.x[key] or 0)
         if not some:
@@ -184,7 +190,7 @@ def _cost_panel(axes: Axes, points: Sequence[Point], key: str, low: float) -> No
             [p.x[key] or 0 for p in some],
             [max(p.accuracy, low) for p in some],
             marker,
-            linestyle="-" if kind == "retrained" and len(some) > 1 else "none",
+            linestyle="-" if kind in CURVES and len(some) > 1 else "none",
             linewidth=1,
             markersize=7,
             color=colour,
@@ -197,10 +203,10 @@ def _cost_panel(axes: Axes, points: Sequence[Point], key: str, low: float) -> No
         for p in some:
             at = (p.x[key] or 0, max(p.accuracy, low))
             note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "color": MUTED}
-            if kind == "cut" and p.accuracy < low:
+            if kind.endswith("cut") and p.accuracy < low:
                 # Too far down for the axis: the marker sits on its edge and says the number.
                 axes.annotate(f"{p.accuracy:.0f} %", at, xytext=(0, 6), ha="center", **note)
-            if kind == "retrained" and len(some) > 1:
+            if kind == named and len(some) > 1:
                 # The curve rises to the right, so the free side of a point is its upper left.
                 name = p.name.replace(",", ",\n")
                 axes.annotate(name, at, xytext=(-5, 5), ha="right", **note)
@@ -215,6 +221,7 @@ def training_curves(stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Figu
             of `retrain`.
     """
     titles = {"dense": "Dense model", "search": "Search", "retrain": "Retraining"}
+    titles["compress"] = "Without a search"
     columns: dict[str, dict[str, Sequence[Mapping[str, float]]]] = {}
     for name, rows in stages.items():
         column, _, line = name.partition("/")

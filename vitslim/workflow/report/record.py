@@ -30,15 +30,17 @@ class Record:
 
     Attributes:
         folder: The folder.
-        kind: `run`, or the stage it holds: `dense`, `search`, `retrain` or `finetune`.
+        kind: `run`, `compress`, or the stage it holds: `dense`, `search`, `retrain` or `finetune`.
         summary: summary.json of a run, empty before it ends; of a stage, as much of that as it has.
         args: What the user chose (args.yaml).
         stages: Rows of summary.csv per stage; a cell that is no number is left out.
         forecasts: Rows of forecast.csv per budget.
         dense_accuracy: Of the dense model in percent, if it was measured.
         masks: What the search learned, so far or at its end.
+        scores: What units were scored without a search.
         masks_at: Which update the masks are from, if the search goes on.
         plans: Plans by the budget that asked for them, in the order of the summary.
+        compressed: The same of what a run cut without a search.
         progress: How far every stage is, in the order in which they run.
         read_at: When this was read, in seconds since 1970.
         missing: What is not there yet, one phrase each.
@@ -52,8 +54,10 @@ class Record:
     forecasts: Table = field(default_factory=dict)
     dense_accuracy: float | None = None
     masks: Masks | None = None
+    scores: Masks | None = None
     masks_at: str | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
+    compressed: dict[str, Plan] = field(default_factory=dict)
     progress: list[Progress] = field(default_factory=list)
     read_at: float = field(default_factory=time.time)
     missing: list[str] = field(default_factory=list)
@@ -70,18 +74,23 @@ def read_record(folder: Path) -> Record:
     search = folder / "search" if record.kind == "run" else folder
     record.forecasts = _read_numbers(folder / "forecast.csv", "budget")
     record.forecasts = record.forecasts or _read_numbers(search / "forecast.csv", "budget")
-    if record.kind == "run":
+    if record.kind in ("run", "compress"):
         record.summary = _read_summary(folder)
         record.dense_accuracy = _dense_accuracy(record, stages)
         steps = list(_steps(record, stages))
     else:
         record.summary = _summary_of_stage(record)
         steps = [progress(record.kind, folder, stages.get(record.kind, []))]
-    if (path := search / "masks.safetensors").exists():
-        record.masks = Masks.load(path)
-    elif found := masks_so_far(search):
+    if (search / "masks.safetensors").exists():
+        record.masks = Masks.load(search / "masks.safetensors")
+    elif (found := masks_so_far(search)) is not None:
         record.masks, record.masks_at = found
+    for path in (folder / "scores.safetensors", folder / "compress/scores.safetensors"):
+        if path.exists():
+            record.scores = Masks.load(path)
     record.plans, names = _read_plans(record)
+    record.compressed = {f"{n}, without a search": p for n, p in _compressed_plans(record).items()}
+    names |= {f"compress/{name}": f"compress/{text}" for name, text in _budgets(record).items()}
     record.stages = {names.get(stage, stage): rows for stage, rows in stages.items()}
     record.progress = [replace(each, name=names.get(each.name, each.name)) for each in steps]
     record.missing = list(_missing(record))
@@ -94,7 +103,9 @@ def _kind(folder: Path) -> str:
     if not folder.is_dir():
         raise VitslimError(f"there is no folder {folder}; {advice}")
     if any((folder / part).exists() for part in _ROOMS):
-        return "run"
+        asked = _read_args(folder)
+        # A run, which may compress too, has a search of its own.
+        return "compress" if "refit" in asked and "search" not in asked else "run"
     stages = {row["stage"] for row in read_table(folder / "summary.csv") if row.get("stage")}
     if stages == {"finetune"}:
         return "finetune"
@@ -125,7 +136,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_text())
-        for slim in summary.get("slim", []):
+        for slim in [*summary.get("slim", []), *summary.get("compressed", [])]:
             slim["budget"], slim["plan"] = budget_text(slim["budget"]), str(slim.get("plan", ""))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VitslimError(
@@ -185,12 +196,26 @@ def _steps(record: Record, stages: Table) -> Iterator[Progress]:
     }
     finished = {"dense": bool(summary.get("dense")), "search": bool(summary.get("masked"))}
     finished |= {f"retrain/{name}": bool(slim.get("retrained")) for name, slim in slims.items()}
+    finished |= {f"compress/{name}": bool(summary.get("compressed")) for name in slims}
     folders = (path.name for path in sorted((record.folder / "retrain").glob("*")))
     names = dict.fromkeys([*_budgets(record), *slims, *folders])
-    for stage in ("dense", "search", *(f"retrain/{name}" for name in names)):
-        folder, rows = record.folder / stage, stages.get(stage, [])
-        expected = _epochs(record.args, stage.partition("/")[0])
+    order = ["dense", "search", *(f"retrain/{name}" for name in names)]
+    if record.kind == "compress":
+        order = ["dense", *(order[2:] if retrains(record) else ())]
+    elif record.args.get("compress"):
+        order += [f"compress/{name}" for name in names]
+    for stage in order:
+        kind, _, name = stage.partition("/")
+        folder = record.folder / stage
+        if kind == "compress":
+            kind, folder = "retrain", record.folder / "compress/retrain" / name
+        expected, rows = _epochs(record.args, kind), stages.get(stage, [])
         yield progress(stage, folder, rows, expected, finished.get(stage, False))
+
+
+def retrains(record: Record) -> bool:
+    """Returns whether slim models are retrained, which a compression does only if asked."""
+    return record.kind != "compress" or bool((record.args.get("retrain") or {}).get("epochs"))
 
 
 def _budgets(record: Record) -> dict[str, str]:
@@ -239,14 +264,27 @@ def _read_plans(record: Record) -> tuple[dict[str, Plan], dict[str, str]]:
     return plans, names
 
 
+def _compressed_plans(record: Record) -> dict[str, Plan]:
+    """Returns the plans of a run's second way by budget, in the order of the first."""
+    found: dict[str, Plan] = {}
+    for name, text in _budgets(record).items():
+        path = record.folder / "compress/plans" / f"{name}.json"
+        if path.exists():
+            try:
+                found[text] = Plan.load(path)
+            except ValueError as error:
+                raise VitslimError(f"{error}; delete it and resume the run") from None
+    return found
+
+
 def _missing(record: Record) -> Iterator[str]:
     """Names what is not there yet."""
     searching, room = record.kind in ("run", "search"), "search/" if record.kind == "run" else ""
-    if record.kind == "run" and not record.summary:
+    if record.kind in ("run", "compress") and not record.summary:
         yield "accuracy, cost and latency (summary.json, written as the run ends)"
     if record.kind == "retrain" and not record.summary.get("slim"):
         yield "the retrained accuracy and what is kept (result.json, written as the training ends)"
-    if not record.stages:
+    if not record.stages and retrains(record):
         where = (
             ""
             if record.kind == "run"
@@ -262,8 +300,10 @@ def _missing(record: Record) -> Iterator[str]:
         )
     if record.kind == "run" and not record.plans:
         yield "what is kept (plans/*.json, made after the search)"
+    if record.kind == "compress" and not record.plans:
+        yield "what is kept (plans/*.json)"
     for slim in record.summary.get("slim", []):
-        if not slim.get("retrained"):
+        if retrains(record) and not slim.get("retrained"):
             yield f"the retrained accuracy for {slim['budget']}"
 
 

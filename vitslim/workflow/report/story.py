@@ -68,10 +68,12 @@ STAGE_NAMES = {
     "dense": "Dense model",
     "search": "Search",
     "retrain": "Retraining",
+    "compress": "Retraining without a search",
     "finetune": "Fine-tuning",
 }
 WHAT = {
     "run": "run",
+    "compress": "compression",
     "search": "search",
     "retrain": "retraining",
     "dense": "training",
@@ -79,6 +81,7 @@ WHAT = {
 }
 NO_SLIM = {
     "run": "There is no finished slim model in this run folder yet",
+    "compress": "There is no finished slim model in this folder yet",
     "search": "This folder holds a search: it learns what can be removed, and removes nothing yet",
     "retrain": "There is no finished slim model in this folder yet",
     "dense": "This folder holds the training of a dense model",
@@ -166,7 +169,7 @@ def duration(seconds: float) -> str:
 
 def latency_sizes(summary: Mapping[str, Any]) -> list[str]:
     """Lists the measured batch sizes, smallest first."""
-    models = [summary.get("dense"), summary.get("masked"), *summary.get("slim", [])]
+    models = [summary.get("dense"), summary.get("masked"), *slims(summary)]
     sizes = {size for model in models if model for size in model.get("latency_ms") or {}}
     return sorted(sizes, key=int)
 
@@ -174,6 +177,26 @@ def latency_sizes(summary: Mapping[str, Any]) -> list[str]:
 def accuracy_of(entry: Mapping[str, Any] | None) -> float | None:
     """Reads the accuracy of an entry of summary.json, if it is there."""
     return (entry or {}).get("accuracy")
+
+
+def slims(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Lists all slim models, those of one budget one after another: searched, then compressed."""
+    searched, compressed = summary.get("slim") or [], summary.get("compressed") or []
+    ordered = []
+    for slim in searched:
+        ordered += [slim, *(each for each in compressed if each["budget"] == slim["budget"])]
+    return ordered
+
+
+def is_compressed(slim: Mapping[str, Any]) -> bool:
+    """Returns whether a slim model was cut without a search."""
+    return slim.get("method") == "compressed"
+
+
+def final_accuracy(slim: Mapping[str, Any]) -> float | None:
+    """Returns the accuracy of a slim model as it is saved; None before it is retrained."""
+    last = "retrained" if slim.get("retrained") or not is_compressed(slim) else "cut"
+    return accuracy_of(slim.get(last))
 
 
 def table(summary: Mapping[str, Any]) -> list[Row]:
@@ -186,9 +209,14 @@ def table(summary: Mapping[str, Any]) -> list[Row]:
         entries.append(
             ("searched", "masks still on, nothing removed", masked, accuracy_of(masked), None)
         )
-    for slim in summary.get("slim", []):
-        cut, retrained = accuracy_of(slim.get("cut")), accuracy_of(slim.get("retrained"))
-        entries.append((f"slim {slim['budget']}", "really removed", slim, retrained, cut))
+    for slim in slims(summary):
+        note = "really removed"
+        if is_compressed(slim):
+            note = "compressed, no search" if slim.get("retrained") else "compressed, not trained"
+        elif summary.get("compressed"):
+            note = "searched, really removed"
+        cut = accuracy_of(slim.get("cut"))
+        entries.append((f"slim {slim['budget']}", note, slim, final_accuracy(slim), cut))
     return [_row(summary, dense, *entry) for entry in entries]
 
 
@@ -244,12 +272,25 @@ def speed_up(dense: Mapping[str, Any], model: Mapping[str, Any], size: str) -> f
 
 def outcome(summary: Mapping[str, Any]) -> list[str]:
     """Says in a sentence or three for each slim model what was won and what it cost."""
-    dense = summary.get("dense") or {}
-    return [_outcome_of(dense, slim, latency_sizes(summary)) for slim in summary.get("slim", [])]
+    dense, both = summary.get("dense") or {}, bool(summary.get("compressed"))
+    told = [_outcome_of(dense, slim, latency_sizes(summary), both) for slim in slims(summary)]
+    if told and summary.get("labelled") is False:
+        told.append(
+            "The images have no labels, so that accuracy was not measured: evaluate the slim "
+            "model on labelled ones with `vitslim eval`."
+        )
+    return told
 
 
-def _outcome_of(dense: Mapping[str, Any], slim: Mapping[str, Any], sizes: Sequence[str]) -> str:
-    text = f"With the budget {slim['budget']} the slim model "
+def _outcome_of(
+    dense: Mapping[str, Any], slim: Mapping[str, Any], sizes: Sequence[str], both: bool
+) -> str:
+    way = ""
+    if is_compressed(slim):
+        way = ", cut without a search," if slim.get("retrained") else ", cut without training,"
+    elif both:
+        way = ", cut after a search,"
+    text = f"With the budget {slim['budget']} the slim model{way} "
     ratio = macs_ratio(dense, slim)
     parts = []
     if ratio is not None:
@@ -266,7 +307,9 @@ def _outcome_of(dense: Mapping[str, Any], slim: Mapping[str, Any], sizes: Sequen
     faster = [f"{times(g)} faster at batch {s}" for s, g in gains.items() if g and g >= 1.02]
     if faster:
         parts.append("runs " + " and ".join(faster))
-    parts.append(_accuracy_change(accuracy_of(dense), accuracy_of(slim.get("retrained"))))
+    after = final_accuracy(slim)
+    if after is not None or not is_compressed(slim):
+        parts.append(_accuracy_change(accuracy_of(dense), after))
     text += _list_of(parts) + "."
     for size, gain in gains.items():
         if gain is not None and gain < 1.02:
