@@ -152,9 +152,11 @@ def _bench(given: dict[str, Any]) -> None:
     from .workflow.runtime.world import open_world
 
     names, weights = given["models"], _packing(given)
-    if len(names) == 1 and (Path(names[0]) / "search" / "config.json").exists():
-        run = Path(names[0])
-        names = [str(p) for p in (run / "dense", run / "search", *sorted(run.glob("slim/*")))]
+    run = Path(names[0])
+    if len(names) == 1 and (run / "dense" / "config.json").exists():
+        slims = (*sorted(run.glob("slim/*")), *sorted(run.glob("compress/slim/*")))
+        folders = (run / "dense", run / "search", *slims)
+        names = [str(folder) for folder in folders if (folder / "config.json").exists()]
     device = given.get("device", "auto")
     check_device(device)
     device = open_world(device).device

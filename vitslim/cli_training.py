@@ -190,7 +190,9 @@ def compress_verb(given: dict[str, Any]) -> None:
     stages = dataclasses.replace(asked, chosen=chosen).stages("retrain")
     if not choices.budget:
         raise VitslimError("--budget is needed.")
-    _check_supported(choices)
+    if "token" not in choices.kinds and any("token" in text for text in choices.budget):
+        raise VitslimError("A budget names token: add --kinds attention mlp token.")
+    _check_supported(dataclasses.replace(choices, compress=False))
     recipe = record(choices.some(COMPRESSING), stages)
     recipe["retrain"]["epochs"] = epochs
     compress(
@@ -239,11 +241,16 @@ def _check_supported(choices: Choices) -> None:
     from .families import family_of
     from .planning.threshold import check_budget, parse_budget
     from .workflow.models import meta_model
+    from .workflow.run import compressed_kinds
 
     model = meta_model(model_of(choices), choices.model_kwargs)
     family_of(model, "masked").check(model, tuple(choices.kinds), "masked")
+    planning = choices.threshold_arguments
     for budget in map(parse_budget, choices.budget):
-        check_budget(model, budget, choices.kinds, **choices.threshold_arguments)
+        check_budget(model, budget, choices.kinds, **planning)
+        if choices.compress:
+            kinds = compressed_kinds(choices.kinds, "token" in budget)
+            check_budget(model, budget, kinds, **planning | {"ranking": "macs"})
 
 
 @contextmanager

@@ -36,11 +36,11 @@ from .options.settings import Settings
 from .report.page import report
 from .report.text import text_table
 from .runtime.context import StageContext
-from .runtime.journal import Journal
+from .runtime.journal import Journal, budget_text
 from .runtime.seeds import seed_everything
 from .runtime.world import World, open_world
 from .summary import by_class, class_names, entry, environment
-from .training.state import StageFolder
+from .training.state import StageFolder, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +89,17 @@ def compress(job: CompressJob) -> dict[str, Any]:
     cutting = Cutting(
         dense, job.model, job.output, job.settings, world, job.kinds, job.plans, job.options
     )
-    slims = cutting.all(budgets)
+    earlier = _earlier(job)
+    slims = cutting.all({**earlier, **budgets})
     teacher = _teacher(job, dense, world) if job.retrain else None
-    for slim in slims if job.retrain else ():
+    for slim in slims:
         name = slim["name"]
-        result = cutting.retrain(name, f"retrain/{name}", job.output, teacher)
-        slim["retrained"] = result["retrained"]
+        path = job.output / "retrain" / name / "result.json"
+        if job.retrain and name in budgets:
+            result = cutting.retrain(name, f"retrain/{name}", job.output, teacher)
+            slim["retrained"] = result["retrained"]
+        elif path.exists():
+            slim["retrained"] = read_json(path)["retrained"]
     summary: dict[str, Any] = {}
     labelled = accuracy is not None
     folders = {slim["name"]: job.output / slim["folder"] for slim in slims}
@@ -117,7 +122,7 @@ def compress(job: CompressJob) -> dict[str, Any]:
             "dense": entry(dense, accuracy, latency["dense"]),
             "slim": [each | {"latency_ms": latency[each["name"]]} for each in slims],
         }
-        atomic_write(job.output / "args.yaml", yaml.safe_dump(dict(job.given), sort_keys=False))
+        _write_args(job, {"budget": [budget_text(slim["budget"]) for slim in slims]})
         atomic_write(job.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         page = report(job.output)
         print(text_table(summary))
@@ -140,7 +145,20 @@ def _claim(job: CompressJob, world: World) -> None:
         )
     world.wait()
     if world.primary and not begun:
-        atomic_write(job.output / "args.yaml", yaml.safe_dump(dict(job.given), sort_keys=False))
+        _write_args(job)
+
+
+def _write_args(job: CompressJob, more: Mapping[str, Any] | None = None) -> None:
+    """Writes the whole merged recipe, in the form that `-c` reads."""
+    text = yaml.safe_dump({**job.given, **(more or {})}, sort_keys=False)
+    atomic_write(job.output / "args.yaml", text)
+
+
+def _earlier(job: CompressJob) -> dict[str, Any]:
+    """Returns the budgets that are done already, by name: they stay in tables and report."""
+    path = job.output / "summary.json"
+    slims = read_json(path).get("slim", []) if path.exists() else []
+    return {slim["name"]: slim["budget"] for slim in slims}
 
 
 def _dense(job: CompressJob, world: World, journal: Journal) -> tuple[nn.Module, float | None]:

@@ -174,7 +174,7 @@ def _compressed(
             job.output / "compress",
             job.stages["retrain"],
             world,
-            tuple(kind for kind in job.masks.kinds if kind != "token" or tokens),
+            compressed_kinds(job.masks.kinds, tokens),
             dataclasses.replace(job.plans, ranking="macs"),
             dataclasses.replace(job.looking, rotate=True),
         )
@@ -184,6 +184,11 @@ def _compressed(
             each["retrained"] = result["retrained"]
             found.append(each | {key: f"compress/{each[key]}" for key in ("plan", "folder")})
     return sorted(found, key=lambda each: list(budgets).index(each["name"]))
+
+
+def compressed_kinds(kinds: tuple[str, ...], tokens: bool) -> tuple[str, ...]:
+    """Returns what is cut without a search: of what the search may cut, tokens only where named."""
+    return tuple(kind for kind in kinds if kind != "token" or tokens) or kinds
 
 
 def _by_class(

@@ -78,11 +78,11 @@ def rerecorded(asked: Asked, path: Path, *names: str) -> Asked:
 
 
 def test_these_are_shipped() -> None:
-    papers = ("deit_base", "deit_small", "deit_small_fast", "digits")
+    papers = ("compress", "deit_base", "deit_small", "deit_small_fast", "digits")
     assert shipped() == (*papers, "finetune", "swin_tiny")
 
 
-@pytest.mark.parametrize("name", sorted({*shipped()} - {"finetune"}))
+@pytest.mark.parametrize("name", sorted({*shipped()} - {"compress", "finetune"}))
 def test_a_shipped_recipe_serves_every_stage_and_names_a_model(name: str) -> None:
     asked = ask([name], {})
     assert set(asked.stages(*OF_A_RUN)) == set(OF_A_RUN)
@@ -276,7 +276,7 @@ def test_what_is_wrong_is_told_by_file_and_key(tmp_path: Path, text: str, senten
 
 
 def test_an_unknown_recipe_is_told_with_those_there_are() -> None:
-    with pytest.raises(VitslimError, match="neither a file nor one of deit_base, deit_small, "):
+    with pytest.raises(VitslimError, match="neither a file nor one of compress, deit_base, "):
         ask(["deit_smal"], {})
 
 
