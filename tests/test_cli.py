@@ -48,14 +48,14 @@ def test_help_shows_an_example(verb: str, capsys) -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("verb", ["run", "search", "retrain", "finetune"])
+@pytest.mark.parametrize("verb", ["run", "search", "retrain", "finetune", "compress"])
 def test_help_groups_the_options_and_tells_their_defaults(verb: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     text = capsys.readouterr().out
     titles = ("masks", "data", "optimisation", "precision and speed", "checkpoints", "distillation")
     assert [title for title in titles if f"\n{title}:\n" in text] == [
-        *titles[verb in ("retrain", "finetune") :]
+        *titles[verb in ("retrain", "finetune", "compress") :]
     ]
     assert "deit_small_fast" in text
     # The first group is of options that have no default, and every other option tells its own.
@@ -372,7 +372,7 @@ def test_eval_takes_its_model_and_its_data_from_a_recipe(run: Path, tmp_path: Pa
         ("search RUN/dense --output OUT --l1-per head", "invalid choice: 'head'"),
         ("search RUN/dense --output OUT --teacher dense", "needs --distill-loss-weight"),
         ("search RUN/dense --output OUT --budget speed=2", "cannot read the budget"),
-        ("run -c deit_smal --output OUT", "neither a file nor one of deit_base, deit_small"),
+        ("run -c deit_smal --output OUT", "neither a file nor one of compress, deit_base"),
         ("run -c swin_tiny --output OUT", "a SwinTransformer cannot be masked"),
         ("search -c swin_tiny --output OUT", "a SwinTransformer cannot be masked"),
         ("run -c deit_small --no-pretrained --output OUT", "no image folder imagenet"),

@@ -40,8 +40,8 @@ def build_parser() -> tuple[Parser, Mapping[str, Parser]]:
     """Builds the parser of `vitslim`, and those of its verbs by name."""
     parser = Parser(
         prog="vitslim",
-        description="Makes vision transformers smaller, and really faster: search, threshold, "
-        "retrain.",
+        description="Makes vision transformers smaller, and really faster: by search, threshold "
+        "and retraining, or without training.",
         epilog="example:\n  vitslim run --data digits --budget macs=60% --output runs/digits\n\n"
         "vitslim VERB --help tells about each verb.",
     )

@@ -188,7 +188,7 @@ def test_images_without_labels_are_enough(place: Path, capsys, train: bool) -> N
     flat(place, name, train)
     output = place / f"from-{name}"
     assert main(words(place, "--budget", "macs=60%", "--output", str(output), data=name)) == 0
-    assert "has images without labels, so that no accuracy" in capsys.readouterr().out
+    assert "are looked at without labels, and no accuracy" in capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
     assert summary["labelled"] is False and summary["dense"]["accuracy"] is None
     assert summary["slim"][0]["cut"] == {"accuracy": None} and summary["by_class"] == {}

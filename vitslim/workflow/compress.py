@@ -172,8 +172,8 @@ def _dense(job: CompressJob, world: World, journal: Journal) -> tuple[nn.Module,
         accuracy = accuracy_at_rest(model, settings, world)
         if accuracy is None:
             journal.say(
-                f"{folder_without_labels(settings)} has images without labels, so that no "
-                "accuracy is measured"
+                f"{settings.data} has no train and val of classes: its images are looked at "
+                "without labels, and no accuracy is measured"
             )
         else:
             journal.say(f"{job.model} has accuracy {accuracy:.2f} %")

@@ -103,9 +103,7 @@ def _kind(folder: Path) -> str:
     if not folder.is_dir():
         raise VitslimError(f"there is no folder {folder}; {advice}")
     if any((folder / part).exists() for part in _ROOMS):
-        asked = _read_args(folder)
-        # A run, which may compress too, has a search of its own.
-        return "compress" if "refit" in asked and "search" not in asked else "run"
+        return _whole_job(folder)
     stages = {row["stage"] for row in read_table(folder / "summary.csv") if row.get("stage")}
     if stages == {"finetune"}:
         return "finetune"
@@ -118,7 +116,13 @@ def _kind(folder: Path) -> str:
         return stages.pop()
     if not any((folder / part).exists() for part in _PARTS):
         raise VitslimError(f"{folder} has none of {', '.join(_PARTS)}; {advice}")
-    return "run"
+    return _whole_job(folder)
+
+
+def _whole_job(folder: Path) -> str:
+    """Tells a compression from a run, which may compress too but has a search of its own."""
+    asked = _read_args(folder)
+    return "compress" if "refit" in asked and "search" not in asked else "run"
 
 
 def _read_args(folder: Path) -> dict[str, Any]:
