@@ -56,7 +56,7 @@ def prepare(
     model: nn.Module,
     data: Any,
     *,
-    criterion: str = "fisher",
+    criterion: str = "obs",
     kinds: Iterable[str] | None = ("attention", "mlp"),
     rotation: bool = True,
     refit: bool = True,
