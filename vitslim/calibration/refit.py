@@ -18,6 +18,8 @@ from .watching import Point, watching
 
 # One batch in so many is held out where the strength of a ridge is chosen.
 HELD = 6
+# The part of a token's weight that does not depend on what the loss feels of it.
+EVEN = 0.3
 # Streams that are there at once: the target's before a block and after each of its halves, the
 # slim model's before a half and after it, and what its last layer reads, four times as wide.
 _SPOOLS = 9
@@ -29,7 +31,7 @@ def refit(
     target: nn.Module,
     images: Images,
     *,
-    weights: Sequence[Tensor] | None = None,
+    felt: Sequence[Tensor] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     memory: int = 2 << 30,
     quiet: bool = False,
@@ -50,7 +52,8 @@ def refit(
         slim: Made of a plan; bare, in evaluation mode.
         target: What it was cut from, or another model with the same blocks and channels.
         images: What both see.
-        weights: Of tokens, [images, tokens] for every half of every block; None counts all alike.
+        felt: How much the loss feels of each token after every half of every block, [tokens], see
+            `felt_tokens`; None counts all alike.
         strengths: Of the ridges that are tried.
         memory: Bytes for the states of all images; what is beyond lies in temporary files.
         quiet: Whether there is no progress bar.
@@ -58,7 +61,7 @@ def refit(
     family = family_of(target, "calibrated")
     pairs = list(zip(family.sites(slim), family.sites(target), strict=True))
     each = memory // _SPOOLS
-    rest = None if weights is None else iter(weights)
+    weights = None if felt is None else iter([_weights(each) for each in felt])
     with ExitStack() as streams:
         wanted = streams.enter_context(Spool(each))
         stream = streams.enter_context(Spool(each))
@@ -91,7 +94,7 @@ def refit(
                     stream.close()
                     stream = dropped
                 for half, goal in zip(halves, [*points, wanted], strict=True):
-                    weight = None if rest is None else next(rest)
+                    weight = None if weights is None else next(weights)
                     fitted = streams.enter_context(Spool(each))
                     _half(half, gate, stream, goal, fitted, alive, weight, strengths, 4 * each)
                     stream.close()
@@ -114,7 +117,6 @@ def _half(
     fits = is_plain(half.last)
     moments = [Moments(half.last), Moments(half.last)] if fits else []
     with Spool(memory) as reads:
-        begin = 0
         for number, (state, wished) in enumerate(zip(stream, goal, strict=True)):
             with watching([Point("read", half.last, "input")]) as seen:
                 half.layer(half.norm(state, *gate))
@@ -123,9 +125,8 @@ def _half(
                 wished = wished if alive is None else wished[:, alive]
                 rows = state.new_ones(state.shape[:2])
                 if weight is not None:
-                    rows = weight[begin : begin + len(state)].to(rows)
-                    rows = rows if alive is None else rows[:, alive]
-                begin += len(state)
+                    own = weight if alive is None else weight[alive]
+                    rows = own.to(rows).expand_as(rows)
                 held = moments[number % HELD == HELD - 1]
                 held.add(
                     seen["read"].flatten(0, 1),
@@ -146,6 +147,12 @@ def _solve(
     if held.rows and len(strengths) > 1:
         strength = best_strength(fitted, held, start, gamma.double(), strengths)
     put_weights(layer, (fitted + held).solve(start, strength))
+
+
+def _weights(felt: Tensor) -> Tensor:
+    """Returns weights of tokens with mean 1, a part of which is the same for all."""
+    share = felt / felt.mean().clamp(min=torch.finfo(felt.dtype).tiny)
+    return EVEN + (1 - EVEN) * share
 
 
 def _gamma(half: Half) -> Tensor:

@@ -1,7 +1,7 @@
 """What is asked of a family of models; whoever asks names no class of timm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Half(NamedTuple):
     layer: nn.Module
     last: Any
     scale: nn.Module
+
+
+def head_width(sites: Iterable[Site]) -> int:
+    """Returns the width of the widest head of dense or masked blocks, in dimensions."""
+    layers = [site.block.attn for site in sites]
+    return max(int(attn.proj.in_features) // int(attn.num_heads) for attn in layers)
 
 
 class Family(ABC):

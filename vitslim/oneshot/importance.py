@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..allowed import CRITERIA, GRANULARITIES, KINDS
 from ..calibration import Images
+from ..calibration.fisher import drawn_loss
 from ..calibration.watching import Point, watching
 from ..errors import VitslimError
 from ..families import Family, family_of
@@ -18,7 +19,6 @@ from ..layers.mlp import why_not_cut_mlp
 from ..masks import Masks
 from ..surgery.classes import MaskedModel, SlimModel
 from ..wrapped import bare
-from .moments import drawn_loss
 from .surgeon import surgeon_scores
 
 
@@ -135,7 +135,7 @@ def _images(data: Any, model: nn.Module, criterion: str, batch_size: int) -> Ima
         raise VitslimError(
             f"{criterion} looks at images: give some, or take magnitude, which needs none"
         )
-    images = Images(data, model, batch_size, what_for=f"{criterion} scores")
+    images = Images.of(data, model, batch_size, what_for=f"{criterion} scores")
     if criterion == "taylor" and not images.labelled:
         raise VitslimError(
             "taylor needs labels: give (images, labels), or take fisher, which needs none"

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import Images
+from ..calibration.fisher import drawn_loss
 from ..calibration.watching import Point, watching
 from ..families import Family
 from ..families.family import Half
@@ -36,7 +36,6 @@ class BlockMoments:
         outputs: [D, D] of the heads' outputs together.
         hidden: [hidden, hidden] of the hidden units.
         after: Of both halves, [channels, channels], E[g^T g] of the stream after them, of trace 1.
-        rows: Of both halves, [tokens], the mean |g|^2 of the tokens.
     """
 
     queries: Tensor
@@ -45,25 +44,6 @@ class BlockMoments:
     outputs: Tensor
     hidden: Tensor
     after: tuple[Tensor, Tensor]
-    rows: tuple[Tensor, Tensor]
-
-
-def drawn_loss(output: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-    """Returns the sum over images of -log p(y), y drawn from the model's own output.
-
-    Its squared gradients are the Fisher information. Features of a model without a classifier are
-    the means of normal distributions of variance 1.
-
-    Args:
-        output: Of the model.
-        classes: Of its classifier, 0 where there is none.
-        generator: Of the random numbers, on the CPU.
-    """
-    if not classes:
-        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32)
-        return (output * noise.to(output)).sum()
-    labels = torch.multinomial(output.detach().softmax(-1).cpu(), 1, generator=generator)
-    return F.cross_entropy(output, labels.squeeze(1).to(output.device), reduction="sum")
 
 
 def moments_of(
@@ -143,7 +123,7 @@ def _rows(name: str, x: Tensor, slope: Tensor) -> dict[str, Tensor]:
 
 def _stream(half: int, slope: Tensor) -> dict[str, Tensor]:
     flat = slope.flatten(0, 1)
-    return {f"after {half}": flat.mT @ flat, f"rows {half}": slope.square().sum((0, 2))}
+    return {f"after {half}": flat.mT @ flat}
 
 
 def _finished(sums: dict[str, Any], count: int) -> BlockMoments:
@@ -165,7 +145,6 @@ def _finished(sums: dict[str, Any], count: int) -> BlockMoments:
         mixed("outputs"),
         mixed("hidden"),
         (after[0], after[1]),
-        (means["rows 0"], means["rows 1"]),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..calibration import Images
 from ..errors import VitslimError
 from ..families import family_of
-from ..families.family import Site
+from ..families.family import head_width
 from ..layers.plain import why_not_cut
 from ..surgery.classes import MaskedModel, SlimModel
 from ..wrapped import bare, copy_of
@@ -56,8 +56,8 @@ def rotate(
     for site in sites:
         if why := why_not_cut({"qkv": site.block.attn.qkv, "proj": site.block.attn.proj}):
             raise VitslimError(f"{site.name} cannot be rotated: {why}")
-    widest = max(_head_dim(site) for site in sites)
-    seen = Images(images, model, batch_size, widest, f"heads {widest} wide")
+    widest = head_width(sites)
+    seen = Images.of(images, model, batch_size, widest, f"heads {widest} wide")
     rotated = copy_of(model)
     moments = moments_of(model, family, seen, hidden=False, seed=seed, quiet=quiet)
     for site, each in zip(family.sites(rotated), moments, strict=True):
@@ -100,11 +100,6 @@ def _rotate_output(attn: Any, outputs: Tensor, felt: Tensor) -> None:
     if attn.qkv.bias is not None:
         bias = attn.qkv.bias.data.unflatten(0, (3, heads, dim))
         bias[2] = (turn @ bias[2].double().unsqueeze(-1)).squeeze(-1)
-
-
-def _head_dim(site: Site) -> int:
-    attn: Any = site.block.attn
-    return int(attn.proj.in_features // attn.num_heads)
 
 
 def _is_there(attn: nn.Module, name: str) -> bool:
