@@ -64,7 +64,7 @@ def test_better_than_scores_that_know_of_no_refitting(images):
         slim = vitslim.slim(model, plan, calibrate=images)
         return float((slim(images) - model(images)).detach().square().mean())
 
-    assert lost("obs") < 0.3 * lost("fisher")
+    assert lost("obs") < 0.5 * lost("fisher")
 
 
 def test_without_a_classifier_and_with_other_granularities(images):

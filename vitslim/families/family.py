@@ -29,14 +29,18 @@ class Half(NamedTuple):
     """A residual branch of a block: x + scale(layer(norm(x))).
 
     Attributes:
+        kind: "attention" or "mlp".
         norm: What the branch begins with; it takes the gate of the block's tokens, if there is one.
         layer: The attention or the MLP.
+        first: Its first layer, whose outputs are q, k and v of all heads, or the hidden units.
         last: Its last layer, which writes to the residual stream.
         scale: The layer scale, or an identity.
     """
 
+    kind: str
     norm: nn.Module
-    layer: nn.Module
+    layer: Any
+    first: Any
     last: Any
     scale: nn.Module
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..calibration import Images, felt_tokens, refit
 from ..families import family_of
+from ..families.family import head_width
 from ..masks import Masks
 from ..plan import Plan
 from ..planning import threshold
@@ -57,7 +58,7 @@ class Prepared:
         """Returns the model cut to a plan of `plan`, and refitted."""
         cut = slim(self.model, plan)
         if self.images is not None:
-            refit(cut, self.model, self.images, felt=self.felt, quiet=self.quiet)
+            refit(cut, self.model, self.images, plan=plan, felt=self.felt, quiet=self.quiet)
         return cut
 
 
@@ -88,9 +89,7 @@ def prepare(
     """
     model = bare(model)
     family = family_of(model, "compressed")
-    widest = max(
-        s.block.attn.proj.in_features // s.block.attn.num_heads for s in family.sites(model)
-    )
+    widest = head_width(family.sites(model))
     images = Images(data, model, least=widest, what_for=f"heads {widest} wide")
     fewer = images.evenly(score_images)
     ready = rotate(model, fewer, seed=seed, quiet=quiet) if rotation else model

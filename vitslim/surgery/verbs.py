@@ -128,8 +128,10 @@ def slim(
     widest = head_width(family.sites(model))
     images = Images(calibrate, model, least=widest, what_for=f"heads {widest} wide")
     slimmed = slim_from(model, plan, fold)
-    target = model if target is None else target
-    refit(slimmed, target, images, felt=felt_tokens(target, family, images))
+    goal = model if target is None else target
+    # What a unit of another model computes is not what this one's should.
+    own = plan if target is None and fold else None
+    refit(slimmed, goal, images, plan=own, felt=felt_tokens(goal, family, images))
     return slimmed
 
 
