@@ -60,22 +60,27 @@ def removal(moments: Tensor, writes: Tensor, alone: Tensor | None = None) -> Ten
     inverse = torch.linalg.inv(moments + torch.diag(ridge))
     writes = writes.clone()
     extra = moments.new_zeros(count) if alone is None else alone.flatten().to(moments)
-    there = torch.ones(count, dtype=torch.bool, device=moments.device)
-    costs, highest = moments.new_zeros(count), moments.new_zeros(())
+    numbers = torch.arange(count, device=moments.device)  # of the rows that are left
+    gone = torch.zeros(count, dtype=torch.bool, device=moments.device)
+    costs, highest = moments.new_zeros(count), moments.new_zeros(1)
     step = max(1, count // _STEPS)
     for start in range(0, count, step):
         now = writes.square().sum(1) / inverse.diagonal().clamp(min=tiny) + extra
-        cheapest = now.masked_fill(~there, torch.inf).topk(min(step, count - start), largest=False)
+        cheapest = now.masked_fill(gone, torch.inf).topk(min(step, count - start), largest=False)
         taken = cheapest.indices
         # Rising by a hair, so that the order of removal is the order of the scores.
-        rising = torch.cummax(torch.cat([highest.view(1), cheapest.values]), 0).values[1:]
+        rising = torch.cummax(torch.cat([highest, cheapest.values]), 0).values[1:]
         rising = rising * (1 + 1e-6 * torch.arange(1, len(taken) + 1, device=rising.device))
-        costs[taken], highest = rising, rising[-1]
-        there[taken] = False
+        costs[numbers[taken]], highest = rising, rising[-1:]
+        gone[taken] = True
         rows = inverse[taken]
-        share = torch.linalg.solve(rows[:, taken], rows)  # [step, p]
-        writes -= share.T @ writes[taken]
-        inverse -= rows.T @ share
+        share = torch.linalg.solve(rows[:, taken], rows)  # [step, what is left]
+        writes.addmm_(share.T, writes[taken], alpha=-1)
+        inverse.addmm_(rows.T, share, alpha=-1)
+        if int(gone.sum()) > len(gone) // 8:
+            left = ~gone
+            inverse, writes = inverse[left][:, left], writes[left]
+            numbers, extra, gone = numbers[left], extra[left], gone[left]
     return costs
 
 
