@@ -1,5 +1,6 @@
 """The cells of a study in order of worth, and what each of them does."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -120,5 +121,7 @@ class Worker:
         settings = tuning_settings(
             bench.links, cell.seed, bench.batch_size, epochs=cell.epochs, lr=rate, **TAUGHT
         )
-        done = fit(model, settings, bench.folder / "training" / cell.name, bench.dense)
+        # A copy, for a teacher is frozen.
+        teacher = copy.deepcopy(bench.dense)
+        done = fit(model, settings, bench.folder / "training" / cell.name, teacher)
         return done.model, {"lr": rate}, done.seconds

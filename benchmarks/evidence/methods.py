@@ -107,7 +107,7 @@ def searched(bench: Bench, seed: int) -> Ready:
     folder = bench.folder / f"search-{seed}"
     settings = search_settings(bench.links, seed, bench.batch_size)
     context = StageContext("search", settings, WORLD, folder, resume=True)
-    masked = search(bench.dense, context, masks=MaskOptions(kinds=("attention", "mlp")))
+    masked = search(bench.dense, context, masks=MaskOptions(kinds=("attention", "mlp"))).eval()
     seconds = json.loads((folder / "result.json").read_text())["seconds"]
     images = bench.images(seed)
 

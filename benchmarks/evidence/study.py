@@ -48,7 +48,7 @@ def run(
         minutes: No cell is begun after so many.
     """
     began = time.monotonic()
-    results = gather(plan, output, about)
+    results = gather(output, about)
     for count, cell in enumerate(plan, 1):
         path = output / "cells" / f"{cell.name}.json"
         if path.exists():
@@ -63,14 +63,13 @@ def run(
         atomic_write(path, json.dumps({**found, **_versions()}, indent=1) + "\n")
         wall, accuracy = time.monotonic() - start, found["accuracy"]
         print(f"{count}/{len(plan)} {cell.name}: {accuracy:.2f}%, {wall:.0f} s", flush=True)
-        results = gather(plan, output, about)
+        results = gather(output, about)
     return results
 
 
-def gather(plan: Sequence[Cell], output: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Returns the cells that are there in one object, which is also written."""
-    paths = [output / "cells" / f"{cell.name}.json" for cell in plan]
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+def gather(output: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Returns all cells that are in the folder, asked for this time or not, and writes them."""
+    found = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
     whole = {"about": about, "cells": found}
     atomic_write(results_file(output, about["data"]), json.dumps(whole, indent=1) + "\n")
     return whole
