@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -56,36 +56,59 @@ RETRAINED = (
 def in_order(
     seeds: Sequence[int],
     budgets: Sequence[int],
+    other_budgets: Sequence[int],
     retrain_budgets: Sequence[int],
     epochs: Sequence[int],
     only: Sequence[str] | None = None,
 ) -> list[Cell]:
     """Returns the cells, the most telling first.
 
-    Ours at all budgets, the rivals and what is left of ours when parts are taken away, retraining,
-    all for the first seed, and then the same for the others.
+    The first seed is done whole; then each part for all others, before the next part of any.
 
     Args:
         seeds: The first is done whole before the others.
-        budgets: In percent of MACs.
+        budgets: Of ours, in percent of MACs.
+        other_budgets: Of rivals and ablations.
         retrain_budgets: Those that are retrained.
         epochs: Lengths of retraining, each with a schedule of its own.
         only: Keys of `METHODS`; None for all.
     """
     found = [DENSE]
-    for seed in seeds:
-        found += _cuts(seed, budgets)
-        for length in sorted(epochs):
-            for method, way in RETRAINED:
-                found += [Cell(method, seed, each, way, length) for each in retrain_budgets]
+    for some in (seeds[:1], seeds[1:]):
+        parts = [_parts(seed, budgets, other_budgets, retrain_budgets, epochs) for seed in some]
+        found += [cell for part in zip(*parts, strict=True) for cells in part for cell in cells]
     return [each for each in found if only is None or each.method in (*only, "dense")]
 
 
-def _cuts(seed: int, budgets: Sequence[int]) -> Iterator[Cell]:
-    for name, method in METHODS.items():
-        for way in method.ways:
-            for budget in budgets:
-                yield Cell(name, seed, budget, way)
+def _parts(
+    seed: int,
+    budgets: Sequence[int],
+    other_budgets: Sequence[int],
+    retrain_budgets: Sequence[int],
+    epochs: Sequence[int],
+) -> list[list[Cell]]:
+    """Returns the cells of a seed in parts, the most telling first."""
+
+    def cuts(group: str, way: str) -> list[Cell]:
+        chosen = budgets if group == "ours" else other_budgets
+        names = [n for n, m in METHODS.items() if m.group == group and way in m.ways]
+        return [Cell(name, seed, budget, way) for name in names for budget in chosen]
+
+    def retrained(length: int) -> list[Cell]:
+        pairs = [(pair, each) for pair in RETRAINED for each in retrain_budgets]
+        return [Cell(method, seed, each, way, length) for (method, way), each in pairs]
+
+    lengths = sorted(epochs)
+    return [
+        cuts("ours", "refitted"),
+        cuts("rival", "cut"),
+        cuts("ours", "cut"),
+        cuts("rival", "refitted"),
+        *([retrained(lengths[0])] if lengths else []),
+        [*cuts("search", "cut"), *cuts("search", "refitted")],
+        cuts("ablation", "refitted"),
+        *(retrained(each) for each in lengths[1:]),
+    ]
 
 
 class Worker:
@@ -111,7 +134,7 @@ class Worker:
         found |= judged(model, self._bench.photos.held_out)
         return {**cell._asdict(), **found, "seconds": rounded(seconds)}
 
-    @lru_cache(maxsize=1)  # noqa: B019 - there is one worker in a process
+    @lru_cache(maxsize=8)  # noqa: B019 - there is one worker in a process
     def _ready(self, method: str, seed: int) -> Ready:
         return METHODS[method].make(self._bench, seed)
 

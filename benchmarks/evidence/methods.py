@@ -146,7 +146,7 @@ class Method:
         label: How tables and plots call it.
         make: Prepares it for a seed.
         ways: What is evaluated at every budget: "cut", right after it, and "refitted".
-        group: "ours", "ablation" or "rival".
+        group: "ours", "ablation", "rival" or "search", which is a rival that takes long.
     """
 
     label: str
@@ -181,6 +181,6 @@ METHODS: dict[str, Method] = {
     "activation": Method("activation, even widths", partial(even, criterion="activation")),
     "random": Method("random, even widths", partial(even, criterion="random")),
     **_ablations(),
-    "search": Method("the paper's search", searched),
+    "search": Method("the paper's search", searched, group="search"),
     "scratch": Method("from scratch", scratch, ()),
 }

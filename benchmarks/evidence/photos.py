@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from vitslim import VitslimError
 from vitslim.workflow.data.folders import Folder
+from vitslim.workflow.latency import input_shape
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -61,7 +63,7 @@ class Shown:
     """The photos as a model takes them: decoded once, with its own evaluation transform."""
 
     def __init__(self, photos: Photos, model: nn.Module) -> None:
-        config = resolve_data_config(model=model)
+        config = resolve_data_config({"input_size": input_shape(model)}, model=model)
         self._photos = photos
         self._transform = create_transform(
             **{name: config[name] for name in ("input_size", "mean", "std", "interpolation")},
@@ -88,7 +90,7 @@ class Shown:
 
 
 def _link(data: Path, splits: Sequence[str], place: Path, limit: int | None) -> None:
-    """Makes links to the first photos of every class, unless they are there already."""
+    """Makes links to the first photos of every class."""
     for split in splits:
         taken: dict[int, int] = {}
         found = Folder(data / split)
@@ -98,5 +100,6 @@ def _link(data: Path, splits: Sequence[str], place: Path, limit: int | None) -> 
                 source = Path(file).resolve()
                 link = place / Path(file).parent.name / f"{split}-{source.name}"
                 link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.is_symlink():
+                # Perhaps by another process of the same study.
+                with suppress(FileExistsError):
                     link.symlink_to(source)

@@ -22,7 +22,7 @@ from vitslim.workflow.report.plots import (
 from .methods import METHODS
 from .results import Line, Range, Results
 
-GROUPS = ("ours", "rival")
+GROUPS = ("ours", "rival", "search")
 COLOURS = {
     "ours": BLUE,
     "torch-pruning": VERMILION,
@@ -42,10 +42,10 @@ def over_macs(results: Results) -> bytes:
     figure = new_figure(9.2, 4.4)
     left, right = figure.subplots(1, 2, sharey=True)
     ours = results.lines("refitted", ("ours",))
-    rivals = results.lines("cut", ("rival",))
+    rivals = results.lines("cut", ("rival", "search"))
     _curves(left, results, [*rivals, *results.lines("cut", ("ours",))], "--")
     _curves(left, results, ours, "-")
-    _curves(right, results, [*results.lines("refitted", ("rival",)), *ours], "-")
+    _curves(right, results, [*results.lines("refitted", ("rival", "search")), *ours], "-")
     left.set_title("Right after the cut; ours refitted")
     right.set_title("All refitted on the same images")
     left.set_ylabel("accuracy on held-out images, %")

@@ -57,7 +57,7 @@ class Results:
 
         Args:
             way: "cut" or "refitted".
-            groups: Of "ours", "ablation" and "rival".
+            groups: Of "ours", "ablation", "rival" and "search".
             epochs: Whether those are wanted that were retrained.
         """
         there = {

@@ -21,6 +21,7 @@ import timm
 from benchmarks import records
 from vitslim import VitslimError, cost
 from vitslim.files import atomic_write
+from vitslim.workflow.runtime.interrupt import Stopped
 
 from .cells import Cell, Worker, in_order
 from .dense import dense_model
@@ -105,8 +106,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dense-epochs", type=int, default=6, help="of fine-tuning")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="percent of MACs")
+    add("--other-budgets", type=int, nargs="+", help="of rivals and ablations; default: the same")
     add("--retrain-budgets", type=int, nargs="*", default=[50], help="those that are retrained")
-    add("--epochs", type=int, nargs="+", default=[1, 3], help="of retraining, each by itself")
+    add("--epochs", type=int, nargs="*", default=[1, 3], help="of retraining, each by itself")
     add("--retrain-lr", type=float, help="one rate for all; default: 2e-5 refitted, 5e-5 cut")
     add("--calibration", type=int, default=256, help="training images that methods look at")
     add("--train-limit", type=int, help="images of a class that train")
@@ -146,8 +148,12 @@ def main(given: Sequence[str] | None = None) -> None:
     bench = Bench(
         dense, Shown(photos, dense), args.calibration, args.batch_size, photos.links, output
     )
-    plan = in_order(args.seeds, args.budgets, args.retrain_budgets, args.epochs, args.only)
-    run(plan, Worker(bench, args.retrain_lr).make, output, about, args.minutes)
+    others = args.other_budgets or args.budgets
+    plan = in_order(args.seeds, args.budgets, others, args.retrain_budgets, args.epochs, args.only)
+    try:
+        run(plan, Worker(bench, args.retrain_lr).make, output, about, args.minutes)
+    except Stopped as stopped:
+        raise SystemExit(f"{stopped}: the same command goes on") from None
 
 
 if __name__ == "__main__":

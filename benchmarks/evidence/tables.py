@@ -17,7 +17,7 @@ from vitslim.files import atomic_write
 from . import plots
 from .results import Line, Range, Results
 
-GROUPS = ("ours", "rival")
+GROUPS = ("ours", "rival", "search")
 WAYS = {"cut": "as it is after the cut", "refitted": "refitted"}
 
 
@@ -48,8 +48,8 @@ def _made_of(results: Results) -> str:
         f"looked at by all methods. Dense: **{dense['accuracy']:.1f}%**, "
         f"{about['macs'] / 1e9:.2f} G MACs, {about['params'] / 1e6:.1f} M parameters. Mean over "
         "seeds, least and most in brackets. Rivals but Torch-Pruning and the search choose units "
-        "by our scores, but give every layer one fraction and every head one width. A minute is "
-        "wall time of all that a method does, after the dense model was trained; "
+        "by `vitslim.importance`, but give every layer one fraction and every head one width. A "
+        "minute is wall time of all that a method does, after the dense model was trained; "
         f"machine {about['machine']}, {about['threads']} threads, torch {about['torch']}, commit "
         f"{about['commit']}, {about['date']}."
     )

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from vitslim import Masks
+from vitslim import Masks, VitslimError
 from vitslim.cost import Geometry
 from vitslim.description import base_of
 from vitslim.plan import BlockPlan, Plan
@@ -19,6 +19,9 @@ def even_widths(model: nn.Module, scores: Masks, budget: int) -> Plan:
         model: The dense one.
         scores: Of all attention dimensions and hidden units.
         budget: In percent of the dense model's MACs.
+
+    Raises:
+        VitslimError: The budget is out of reach.
     """
     geometry = Geometry.of(model)
     limit = budget / 100 * geometry.cost().macs
@@ -34,6 +37,8 @@ def even_widths(model: nn.Module, scores: Masks, budget: int) -> Plan:
     def macs(width: int, units: int) -> int:
         return geometry.cost(geometry.planned(blocks(width, units))).macs
 
+    if macs(1, 1) > limit:
+        raise VitslimError(f"{budget}% of the MACs is out of reach of even widths")
     width = max(
         (w for w in range(1, wide + 1) if macs(w, max(1, hidden * w // wide)) <= limit), default=1
     )
