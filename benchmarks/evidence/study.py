@@ -124,8 +124,15 @@ def main(given: Sequence[str] | None = None) -> None:
     kind, _, path = args.data.partition(":")
     if kind != "folder" or not path:
         raise SystemExit("--data is folder:PATH")
+    try:
+        _study(args, Path(path))
+    except Stopped:
+        raise SystemExit("stopped, and saved: the same command goes on") from None
+
+
+def _study(args: argparse.Namespace, data: Path) -> None:
     output = args.output
-    photos = Photos(Path(path), output / "photos", args.train_limit, args.val_limit)
+    photos = Photos(data, output / "photos", args.train_limit, args.val_limit)
     asked = {
         **photos.facts,
         "calibration_images": args.calibration,
@@ -150,10 +157,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     others = args.other_budgets or args.budgets
     plan = in_order(args.seeds, args.budgets, others, args.retrain_budgets, args.epochs, args.only)
-    try:
-        run(plan, Worker(bench, args.retrain_lr).make, output, about, args.minutes)
-    except Stopped as stopped:
-        raise SystemExit(f"{stopped}: the same command goes on") from None
+    run(plan, Worker(bench, args.retrain_lr).make, output, about, args.minutes)
 
 
 if __name__ == "__main__":
