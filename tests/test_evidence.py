@@ -129,7 +129,8 @@ def test_order_begins_with_ours_and_ends_with_other_seeds(evidence):
 def test_every_cell_comes_about_and_none_twice(evidence, run, model, tmp_path):
     pytest.importorskip("torch_pruning")
     said, first = run("--epochs", "1", "--minutes", "0")
-    assert said == ["stopped after 0 minutes, before cell 1 of 27"] and not first["cells"]
+    assert len(said) == 1 and not first["cells"]
+    assert said[0].startswith("stopped after 0 minutes, before cell 1 of")
     said, whole = run("--epochs", "1")
     methods = evidence("methods").METHODS
     assert len(said) == len(whole["cells"])
