@@ -17,7 +17,7 @@ CXX_FILES = $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.c
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: run test test-all test-oldest-timm bench bench-cpu lint format aot ptxas gpu asan fuzz tsan soak clean
-.PHONY: ablation gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
+.PHONY: ablation evidence gpu-install gpu-test gpu-bench gpu-bench-ops gpu-bench-step gpu-bench-model gpu-sanitize
 
 run: $(VENV)/.built
 	$(PY) -m vitslim run --data digits --budget macs=60% --compress --output $(OUTPUT) --resume
@@ -50,6 +50,15 @@ bench-cpu: $(VENV)/.runtimes
 ablation: $(VENV)/.runtimes
 	$(PY) -m benchmarks.ablation.study
 	$(PY) -m benchmarks.ablation.tables
+
+# What a cut without training keeps of a pretrained model, against rivals, on your photos; stopped,
+# it goes on by the same command. Hours for thousands of photos: EVIDENCE_OPTIONS="--minutes 60".
+#   make evidence DATA=folder:PHOTOS DENSE=FOLDER
+EVIDENCE_OUTPUT ?= runs/evidence
+evidence: $(VENV)/.runtimes
+	$(PY) -m benchmarks.evidence.study --data $(DATA) $(if $(DENSE),--dense $(DENSE)) \
+	  --output $(EVIDENCE_OUTPUT) $(EVIDENCE_OPTIONS)
+	$(PY) -m benchmarks.evidence.tables $(EVIDENCE_OUTPUT)/evidence-*.json
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import vitslim
+from vitslim.allowed import CRITERIA
 from vitslim.masks import mask_parameters
 from vitslim.oneshot import importance
-
-CRITERIA = ("taylor", "fisher", "activation", "magnitude", "random")
 
 
 @pytest.mark.parametrize("granularity", ["head_dim", "uniform", "head"])

@@ -7,8 +7,9 @@ import torch
 from oneshot_cases import make
 
 import vitslim
-from vitslim.calibration import Images, refit
+from vitslim.calibration import Images, felt_tokens, refit
 from vitslim.calibration.ridge import Moments, put_weights, weights_of
+from vitslim.families import family_of
 from vitslim.masks import mask_parameters
 from vitslim.plan import BlockPlan, Plan
 
@@ -121,13 +122,23 @@ def test_states_on_disk_and_any_batches_give_the_same(model, images):
     torch.testing.assert_close(whole(images), halves(images), rtol=1e-8, atol=1e-8)
 
 
-def test_weights_of_tokens_say_where_to_be_near(model, images):
+def test_fewer_images_are_taken_evenly(model, images, labels):
+    whole = Images([(images[i : i + 7], labels[i : i + 7]) for i in range(0, 40, 7)], model, 4)
+    some = whole.evenly(10)
+    assert (some.count, whole.count, whole.evenly(50).count) == (10, 40, 40)
+    taken = torch.cat([batch for batch, _ in some])
+    assert torch.equal(taken, images[3::4])
+    assert torch.equal(torch.cat([each for _, each in some]), labels[3::4])
+
+
+def test_what_the_loss_feels_of_tokens(model, images):
+    felt = felt_tokens(model, family_of(model, "tested"), Images(images, model))
+    assert len(felt) == 6
+    assert felt[5][0] > 0 and not felt[5][1:].any()  # the head reads the class token alone
+    assert all((each > 0).all() for each in felt[:4])
     plan = narrow(model)
-    class_only = [torch.zeros(40, 17) for _ in range(6)]
-    for each in class_only:
-        each[:, 0] = 1
     near, alike = vitslim.slim(model, plan), vitslim.slim(model, plan)
-    refit(near, model, Images(images, model), weights=[*[torch.ones(40, 17)] * 5, class_only[5]])
+    refit(near, model, Images(images, model), felt=felt)
     refit(alike, model, Images(images, model))
     assert loss(near, model, images) < loss(alike, model, images)
 

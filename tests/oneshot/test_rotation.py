@@ -5,7 +5,10 @@ import torch
 from oneshot_cases import make
 
 import vitslim
+from vitslim.calibration import Images
+from vitslim.families import family_of
 from vitslim.oneshot import rotate
+from vitslim.oneshot.moments import felt, moments_of, roots
 from vitslim.plan import BlockPlan, Plan
 
 MODELS = {
@@ -62,23 +65,32 @@ def test_first_dimensions_are_the_best(model, images):
     assert first < 0.8 * unturned
 
 
-@torch.no_grad()
-def test_scores_of_rank_r_are_the_best_there_are(model, images):
-    """Eckart-Young: |q k^T - its first r dimensions|, over all pairs of tokens, is the smallest."""
-    rotated, seen = rotate(model, images), {}
-    for index, each in enumerate((model, rotated)):
-        qkv = each.blocks[0].attn.qkv
-        qkv.register_forward_hook(lambda _, x, out, index=index: seen.update({index: out}))
-        each(images)
-    (q, k), (turned_q, turned_k) = (
-        [part.unflatten(-1, (3, 8))[:, :, 0] for part in seen[i].chunk(3, -1)[:2]] for i in (0, 1)
-    )
-    k, turned_k = (each - each.mean(1, keepdim=True) for each in (k, turned_k))
-    whole = q.flatten(0, 1) @ k.flatten(0, 1).T
-    for rank in (1, 4, 7):
-        best = torch.linalg.svdvals(whole)[rank:].norm()
-        cut = turned_q.flatten(0, 1)[:, :rank] @ turned_k.flatten(0, 1)[:, :rank].T
-        torch.testing.assert_close((whole - cut).norm(), best, rtol=1e-6, atol=1e-9)
+def test_moments_of_a_rotated_model_are_diagonal_and_fall(model, images, monkeypatch):
+    """What Eckart-Young asks for, in the metric of the loss: see the formulas of `rotate`."""
+    # What is mixed in has another share of the moments in another basis.
+    monkeypatch.setattr("vitslim.oneshot.moments._UNWEIGHTED", 0.0)
+    rotated = rotate(model, images)
+    family, seen = family_of(rotated, "tested"), Images(images, rotated)
+    before = moments_of(model, family, Images(images, model), hidden=False)
+    after = moments_of(rotated, family, seen, hidden=False)
+    for block, one, other in zip(rotated.blocks, before, after, strict=True):
+        torch.testing.assert_close(one.after[0], other.after[0])  # the same loss, the same labels
+        for head in range(3):
+            q, k = other.queries[head], other.keys[head]
+            torch.testing.assert_close(q, k, rtol=1e-6, atol=1e-8 * float(q.max()))
+            worth = q.diagonal()
+            torch.testing.assert_close(q, worth.diag(), rtol=1e-6, atol=1e-8 * float(q.max()))
+            expected = torch.linalg.svdvals(roots(one.queries[head])[0] @ roots(one.keys[head])[0])
+            torch.testing.assert_close(worth, expected, rtol=1e-6, atol=0)
+            part = slice(8 * head, 8 * head + 8)
+            out = other.outputs[part, part]
+            torch.testing.assert_close(out, torch.eye(8).double(), rtol=0, atol=1e-7)
+            writes = block.attn.proj.weight[:, part].T @ felt(
+                family.halves(block)[0], other.after[0]
+            )
+            gram = writes @ writes.T
+            torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-6)
+            assert (gram.diagonal().diff() < 0).all()
 
 
 def test_a_singular_covariance_is_no_error(images):

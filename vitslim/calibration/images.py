@@ -1,5 +1,6 @@
 """Calibration images: checked once, then given in batches of one size, as often as needed."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ class Images:
     ) -> None:
         if any(module.training for module in model.modules()):
             raise VitslimError("the model is in training mode; call model.eval() first")
-        self.batch_size, self.count = batch_size, 0
+        self.batch_size, self.count, self._share = batch_size, 0, (1, 1)
         self._family: Family = family_of(model, "calibrated")
         self._model, self._like = model, like(model)
         self._data = data
@@ -61,12 +62,32 @@ class Images:
         if not varied and self.count > 1:
             raise VitslimError("the images are all alike, so they say nothing: give different ones")
 
+    @classmethod
+    def of(cls, data: Any, model: nn.Module, *args: Any, **kwargs: Any) -> "Images":
+        """Returns checked images as they are, and checks others; arguments are the class's."""
+        return data if isinstance(data, Images) else cls(data, model, *args, **kwargs)
+
+    def evenly(self, most: int) -> "Images":
+        """Returns at most so many of the images, from the first to the last at even distances."""
+        if self.count <= most:
+            return self
+        fewer = copy.copy(self)
+        fewer.count, fewer._share = most, (most, self.count)
+        return fewer
+
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        begin, (most, count) = 0, self._share
         for images, labels in _pieces(self._data):
             self._check(images, labels)
+            if most < count:
+                # Image i is taken where i * most / count passes a whole number.
+                numbers = torch.arange(begin, begin + len(images), device=images.device)
+                taken = (numbers + 1) * most // count > numbers * most // count
+                begin += len(images)
+                images, labels = images[taken], None if labels is None else labels[taken]
             for start in range(0, len(images), self.batch_size):
                 end = start + self.batch_size
                 yield images[start:end], None if labels is None else labels[start:end]

@@ -1,26 +1,30 @@
 """Refitting what comes after a cut: the slim model's residual stream back to the uncut one's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..families import family_of
+from ..families import Family, family_of
 from ..families.family import Half
 from ..layers import TokenSelect
 from ..layers.plain import is_plain, like
+from ..plan import BlockPlan, Plan
 from .images import Images
-from .ridge import STRENGTHS, Moments, best_strength, put_weights, weights_of
+from .ridge import STRENGTHS, Fit, put_weights
 from .spool import Spool
+from .units import values_of_units
 from .watching import Point, watching
 
-# One batch in so many is held out where the strength of a ridge is chosen.
-HELD = 6
-# Streams that are there at once: the target's before a block and after each of its halves, the
-# slim model's before a half and after it, and what its last layer reads, four times as wide.
-_SPOOLS = 9
+# The part of a token's weight that does not depend on what the loss feels of it.
+EVEN = 0.3
+# States of all images that are there at once, in streams of the residual's width: two of them, and
+# of one block the target's two and what its first layers gave, three and four times as wide, and
+# the slim model's new one and what its last layer reads, four times as wide.
+_STREAMS = 16
 
 
 @torch.no_grad()
@@ -29,123 +33,145 @@ def refit(
     target: nn.Module,
     images: Images,
     *,
-    weights: Sequence[Tensor] | None = None,
+    plan: Plan | None = None,
+    felt: Sequence[Tensor] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     memory: int = 2 << 30,
     quiet: bool = False,
 ) -> None:
-    """Refits proj and fc2 of every block of a slim model, in place, to another model's stream.
+    """Refits the linear layers of every block of a slim model, in place, to another model's stream.
 
     With h the slim model's residual stream on its own states, d' the target's after its attention,
-    x what proj reads in the slim block, s the layer scale and w the weight of a token, the
-    attention of a block gets
+    x what proj reads in the slim block, s the layer scale and w the weight of a token, proj becomes
 
         W, b = argmin sum_tokens w |h + s (W x + b) - d'|^2 + ridge to the W, b there were
 
-    then the MLP likewise, with fc2. Every block is fitted on what the blocks before it, fitted
-    already, give. Sums are in float64. Each ridge has the strength whose solution of five sixths
-    of the batches is nearest on the others; with one batch, the strength in the middle.
+    With `plan`, qkv is fitted before it, to what the kept units are in the target. Then the MLP,
+    fc1 and fc2, likewise. Every block is fitted on what the blocks before it, fitted already, give.
+    Sums are in float64. Each ridge has the strength whose solution of five sixths of the batches is
+    nearest on the others; with too few batches for that, the strength in the middle.
 
     Args:
         slim: Made of a plan; bare, in evaluation mode.
         target: What it was cut from, or another model with the same blocks and channels.
         images: What both see.
-        weights: Of tokens, [images, tokens] for every half of every block; None counts all alike.
+        plan: That the target was cut to, so that units are known; None leaves qkv and fc1 alone.
+        felt: How much the loss feels of each token after every half of every block, [tokens], see
+            `felt_tokens`; None counts all alike.
         strengths: Of the ridges that are tried.
         memory: Bytes for the states of all images; what is beyond lies in temporary files.
         quiet: Whether there is no progress bar.
     """
     family = family_of(target, "calibrated")
     pairs = list(zip(family.sites(slim), family.sites(target), strict=True))
-    each = memory // _SPOOLS
-    rest = None if weights is None else iter(weights)
-    with ExitStack() as streams:
-        wanted = streams.enter_context(Spool(each))
-        stream = streams.enter_context(Spool(each))
+    weights = iter([_weights(each) for each in felt or ()])
+    blocks = [BlockPlan()] * len(pairs) if plan is None else plan.blocks
+    one = memory // _STREAMS
+    with Spool(one) as wanted, Spool(one) as stream:
         for batch, _ in images:
-            # The target's embedding is the slim model's: nothing of it was cut.
+            # Nothing of the embedding was cut: the slim model's is the target's, unless it is
+            # another model.
             wanted.append(family.embed(target, batch))
             stream.append(family.embed(slim, batch))
         alive = None
-        for one, other in tqdm(pairs, "refitting", unit="block", disable=quiet or None):
-            with ExitStack() as block:
-                halves, others = family.halves(one.block), family.halves(other.block)
-                points = [block.enter_context(Spool(each)) for _ in halves[1:]]
-                after = Spool(each)
-                inner = [Point(number, half.norm, "input") for number, half in enumerate(others)]
-                for state in wanted:
-                    with watching(inner[1:]) as seen:
-                        after.append(other.block(state))
-                    for number, spool in enumerate(points, 1):
-                        spool.append(seen[number])
-                wanted.close()
-                wanted = streams.enter_context(after)
-                select = getattr(one.block, "tokens", None)
+        bar = tqdm(pairs, "refitting", unit="block", disable=quiet or None, leave=False)
+        for (place, goal), keep in zip(bar, blocks, strict=True):
+            halves = family.halves(place.block)
+            with ExitStack() as stack:
+                ends, units = _of_target(family, goal.block, keep, wanted, stack, one)
+                select = getattr(place.block, "tokens", None)
                 gate: tuple[Tensor, ...] = ()
                 if isinstance(select, TokenSelect):
                     alive = select.rows if alive is None else alive[select.rows]
                     gate = (select.gate,)
-                    dropped = streams.enter_context(Spool(each))
-                    for state in stream:
-                        dropped.append(select(state))
-                    stream.close()
-                    stream = dropped
-                for half, goal in zip(halves, [*points, wanted], strict=True):
-                    weight = None if rest is None else next(rest)
-                    fitted = streams.enter_context(Spool(each))
-                    _half(half, gate, stream, goal, fitted, alive, weight, strengths, 4 * each)
-                    stream.close()
-                    stream = fitted
+                    stream.replace(select(state) for state in stream)
+                for half, end, values in zip(halves, ends, units, strict=True):
+                    if values is not None and is_plain(half.first):
+                        _fit_first(half, gate, stream, values, alive, strengths)
+                    weight = next(weights, None)
+                    _fit_last(half, gate, stream, end, alive, weight, strengths, 4 * one)
 
 
-def _half(
+def _of_target(
+    family: Family, block: Any, keep: BlockPlan, stream: Spool, stack: ExitStack, one: int
+) -> tuple[list[Iterable[Tensor]], list[Spool | None]]:
+    """Runs a block of the target, and moves its stream on.
+
+    Returns:
+        The stream after each half, and the values of the units that are kept of each, if known.
+    """
+    halves = family.halves(block)
+    middles = [stack.enter_context(Spool(one)) for _ in halves[1:]]
+    kept = {"attention": keep.heads, "mlp": keep.hidden}
+    units = [
+        None if kept[half.kind] is None else stack.enter_context(Spool(4 * one)) for half in halves
+    ]
+    points = [Point(("middle", i), half.norm, "input") for i, half in enumerate(halves)]
+    points += [Point(("first", i), half.first, "output") for i, half in enumerate(halves)]
+    after = stack.enter_context(Spool(one))
+    for state in stream:
+        with watching(points) as seen:
+            after.append(block(state))
+        for number, middle in enumerate(middles, 1):
+            middle.append(seen["middle", number])
+        for number, (half, spool) in enumerate(zip(halves, units, strict=True)):
+            if spool is not None:
+                spool.append(values_of_units(half, seen["first", number], keep))
+    stream.replace(after)
+    return [*middles, stream], units
+
+
+def _fit_first(
     half: Half,
     gate: tuple[Tensor, ...],
     stream: Spool,
-    goal: Spool,
-    fitted: Spool,
+    values: Spool,
+    alive: Tensor | None,
+    strengths: Sequence[float],
+) -> None:
+    """Refits the first layer of a half to the values of its units in the target."""
+    fit = Fit(half.first, like(half.first).new_ones(1))
+    for state, wished in zip(stream, values, strict=True):
+        wished = wished if alive is None else wished[:, alive]
+        x = half.norm(state, *gate)
+        fit.add(x, wished, x.new_ones(x.shape[:2]))
+    put_weights(half.first, fit.solve(strengths))
+
+
+def _fit_last(
+    half: Half,
+    gate: tuple[Tensor, ...],
+    stream: Spool,
+    end: Iterable[Tensor],
     alive: Tensor | None,
     weight: Tensor | None,
     strengths: Sequence[float],
     memory: int,
 ) -> None:
-    """Refits the last layer of a half, and puts the stream after it into `fitted`."""
+    """Refits the last layer of a half to the target's stream after it, and moves the stream on."""
     gamma = _gamma(half)
-    fits = is_plain(half.last)
-    moments = [Moments(half.last), Moments(half.last)] if fits else []
+    fit = Fit(half.last, gamma) if is_plain(half.last) else None
     with Spool(memory) as reads:
-        begin = 0
-        for number, (state, wished) in enumerate(zip(stream, goal, strict=True)):
+        for state, wished in zip(stream, end, strict=True):
             with watching([Point("read", half.last, "input")]) as seen:
                 half.layer(half.norm(state, *gate))
             reads.append(seen["read"])
-            if fits:
-                wished = wished if alive is None else wished[:, alive]
+            if fit is not None:
                 rows = state.new_ones(state.shape[:2])
                 if weight is not None:
-                    rows = weight[begin : begin + len(state)].to(rows)
-                    rows = rows if alive is None else rows[:, alive]
-                begin += len(state)
-                held = moments[number % HELD == HELD - 1]
-                held.add(
-                    seen["read"].flatten(0, 1),
-                    ((wished - state) / gamma).flatten(0, 1),
-                    rows.flatten(),
-                )
-        if fits:
-            _solve(half.last, moments[0], moments[1], gamma, strengths)
-        for state, read in zip(stream, reads, strict=True):
-            fitted.append(state + half.scale(half.last(read)))
+                    rows = rows * (weight if alive is None else weight[alive]).to(rows)
+                wished = wished if alive is None else wished[:, alive]
+                fit.add(seen["read"], (wished - state) / gamma, rows)
+        if fit is not None:
+            put_weights(half.last, fit.solve(strengths))
+        pairs = zip(stream, reads, strict=True)
+        stream.replace(state + half.scale(half.last(read)) for state, read in pairs)
 
 
-def _solve(
-    layer: nn.Linear, fitted: Moments, held: Moments, gamma: Tensor, strengths: Sequence[float]
-) -> None:
-    start = weights_of(layer)
-    strength = sorted(strengths)[len(strengths) // 2]
-    if held.rows and len(strengths) > 1:
-        strength = best_strength(fitted, held, start, gamma.double(), strengths)
-    put_weights(layer, (fitted + held).solve(start, strength))
+def _weights(felt: Tensor) -> Tensor:
+    """Returns weights of tokens with mean 1, a part of which is the same for all."""
+    share = felt / felt.mean().clamp(min=torch.finfo(felt.dtype).tiny)
+    return EVEN + (1 - EVEN) * share
 
 
 def _gamma(half: Half) -> Tensor:

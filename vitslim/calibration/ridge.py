@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 # Strengths that are tried, as shares of the diagonal of the second moments.
-STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+# One batch in so many is held out where the strength of a ridge is chosen.
+HELD = 6
 
 
 class Moments:
@@ -64,12 +66,36 @@ class Moments:
         return float((each * scale.square()).sum())
 
 
-def best_strength(
-    fitted: Moments, held: Moments, start: Tensor, scale: Tensor, strengths: Sequence[float]
-) -> float:
-    """Returns the strength whose solution of some rows is nearest on the rows held out."""
-    errors = {each: held.error(fitted.solve(start, each), scale) for each in strengths}
-    return min(errors, key=lambda each: errors[each])
+class Fit:
+    """A layer that is refitted: one batch in `HELD` is held out to choose the ridge's strength.
+
+    Args:
+        layer: What is refitted.
+        scale: Of its outputs, [out_features] or [1], what an error counts.
+    """
+
+    def __init__(self, layer: nn.Linear, scale: Tensor) -> None:
+        self.start, self.scale = weights_of(layer), scale.double()
+        self.fitted, self.held = Moments(layer), Moments(layer)
+        self._batches = 0
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Adds a batch: x [..., inputs], y [..., outputs], weight [...]."""
+        held = self._batches % HELD == HELD - 1
+        self._batches += 1
+        moments = self.held if held else self.fitted
+        moments.add(x.flatten(0, -2), y.flatten(0, -2), weight.flatten())
+
+    def solve(self, strengths: Sequence[float]) -> Tensor:
+        """Returns the weights of all batches, with the strength that is best on those held out."""
+        strength = sorted(strengths)[len(strengths) // 2]
+        if self.held.rows and len(strengths) > 1:
+            errors = {
+                each: self.held.error(self.fitted.solve(self.start, each), self.scale)
+                for each in strengths
+            }
+            strength = min(errors, key=lambda each: errors[each])
+        return (self.fitted + self.held).solve(self.start, strength)
 
 
 def weights_of(layer: nn.Linear) -> Tensor:

@@ -1,7 +1,7 @@
 """A list of tensors that goes to disk where it grows too long for memory."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -54,6 +54,14 @@ class Spool:
         path = Path(self._folder.name) / f"{len(self._items)}.safetensors"
         save_file({"tensor": tensor.contiguous()}, path)
         self._items.append(path)
+
+    def replace(self, tensors: Iterable[Tensor]) -> None:
+        """Puts in others, which may be made of those that are there, and forgets these."""
+        others = Spool(self.memory)
+        for each in tensors:
+            others.append(each)
+        self.close()
+        vars(self).update(vars(others))
 
     def __len__(self) -> int:
         return len(self._items)

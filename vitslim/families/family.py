@@ -1,7 +1,7 @@
 """What is asked of a family of models; whoever asks names no class of timm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -29,16 +29,26 @@ class Half(NamedTuple):
     """A residual branch of a block: x + scale(layer(norm(x))).
 
     Attributes:
+        kind: "attention" or "mlp".
         norm: What the branch begins with; it takes the gate of the block's tokens, if there is one.
         layer: The attention or the MLP.
+        first: Its first layer, whose outputs are q, k and v of all heads, or the hidden units.
         last: Its last layer, which writes to the residual stream.
         scale: The layer scale, or an identity.
     """
 
+    kind: str
     norm: nn.Module
-    layer: nn.Module
+    layer: Any
+    first: Any
     last: Any
     scale: nn.Module
+
+
+def head_width(sites: Iterable[Site]) -> int:
+    """Returns the width of the widest head of dense or masked blocks, in dimensions."""
+    layers = [site.block.attn for site in sites]
+    return max(int(attn.proj.in_features) // int(attn.num_heads) for attn in layers)
 
 
 class Family(ABC):

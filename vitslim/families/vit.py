@@ -61,9 +61,10 @@ class Vit(Family):
         return embedded
 
     def halves(self, block: Any) -> tuple[Half, ...]:
+        attn, mlp = block.attn, block.mlp
         return (
-            Half(block.norm1, block.attn, block.attn.proj, block.ls1),
-            Half(block.norm2, block.mlp, block.mlp.fc2, block.ls2),
+            Half("attention", block.norm1, attn, attn.qkv, attn.proj, block.ls1),
+            Half("mlp", block.norm2, mlp, mlp.fc1, mlp.fc2, block.ls2),
         )
 
     def why_not_tokens(self, block: Any, token_gate: str) -> str | None:

@@ -1,11 +1,14 @@
 """From a pretrained model to a smaller one without training: scores, rotation, plan, refit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..calibration import Images, felt_tokens, refit
+from ..families import family_of
+from ..families.family import head_width
 from ..masks import Masks
 from ..plan import Plan
 from ..planning import threshold
@@ -22,12 +25,16 @@ class Prepared:
     Attributes:
         model: Equal to the model that was given, its heads rotated.
         scores: Of its units.
-        images: What it is refitted on, None for not at all.
+        images: What is left is refitted on; None for not at all.
+        felt: How much the loss feels of each token, see `vitslim.calibration.felt_tokens`.
+        quiet: Whether there are no progress bars.
     """
 
     model: nn.Module
     scores: Masks
-    images: Any
+    images: Images | None
+    felt: Sequence[Tensor] | None
+    quiet: bool = False
 
     def plan(
         self,
@@ -49,17 +56,21 @@ class Prepared:
 
     def cut(self, plan: Plan) -> Any:
         """Returns the model cut to a plan of `plan`, and refitted."""
-        return slim(self.model, plan, calibrate=self.images)
+        cut = slim(self.model, plan)
+        if self.images is not None:
+            refit(cut, self.model, self.images, plan=plan, felt=self.felt, quiet=self.quiet)
+        return cut
 
 
 def prepare(
     model: nn.Module,
     data: Any,
     *,
-    criterion: str = "fisher",
+    criterion: str = "obs",
     kinds: Iterable[str] | None = ("attention", "mlp"),
     rotation: bool = True,
-    refit: bool = True,
+    refitted: bool = True,
+    score_images: int = 256,
     seed: int = 0,
     quiet: bool = False,
 ) -> Prepared:
@@ -71,13 +82,22 @@ def prepare(
         criterion: Of `vitslim.importance`.
         kinds: What may be cut, of "attention", "mlp" and "token".
         rotation: Whether heads are rotated first, see `vitslim.rotate`.
-        refit: Whether `Prepared.cut` refits what is left, see `vitslim.slim`.
+        refitted: Whether `Prepared.cut` refits what is left, see `vitslim.slim`.
+        score_images: How many of the images rotation and scores look at, at most.
         seed: Of labels that are drawn.
         quiet: Whether there are no progress bars.
     """
-    ready = rotate(model, data, quiet=quiet) if rotation else bare(model)
-    scores = importance(ready, data, criterion, kinds=kinds, seed=seed, quiet=quiet)
-    return Prepared(ready, scores, data if refit else None)
+    model = bare(model)
+    family = family_of(model, "compressed")
+    widest = head_width(family.sites(model))
+    images = Images(data, model, least=widest, what_for=f"heads {widest} wide")
+    fewer = images.evenly(score_images)
+    ready = rotate(model, fewer, seed=seed, quiet=quiet) if rotation else model
+    scores = importance(ready, fewer, criterion, kinds=kinds, seed=seed, quiet=quiet)
+    if not refitted:
+        return Prepared(ready, scores, None, None, quiet)
+    felt = felt_tokens(ready, family, images, seed=seed, quiet=quiet)
+    return Prepared(ready, scores, images, felt, quiet)
 
 
 def compress(model: nn.Module, images: Any, budget: Mapping[str, Any] | str, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..allowed import CRITERIA, GRANULARITIES, KINDS
 from ..calibration import Images
+from ..calibration.fisher import drawn_loss
 from ..calibration.watching import Point, watching
 from ..errors import VitslimError
 from ..families import Family, family_of
@@ -18,12 +19,13 @@ from ..layers.mlp import why_not_cut_mlp
 from ..masks import Masks
 from ..surgery.classes import MaskedModel, SlimModel
 from ..wrapped import bare
+from .surgeon import surgeon_scores
 
 
 def importance(
     model: nn.Module,
     data: Any = None,
-    criterion: str = "fisher",
+    criterion: str = "obs",
     *,
     kinds: Iterable[str] | None = ("attention", "mlp"),
     granularity: str = "head_dim",
@@ -35,15 +37,18 @@ def importance(
 
     With z the masks of `vitslim.mask`, all 1, and L_n the loss of image n:
 
-        taylor      1/2 mean_n (dL_n/dz)^2, L the cross-entropy with the labels
-        fisher      the same with labels drawn from the model's own output: needs no labels
+        obs         what is lost although all other units of the layer make up for it (optimal
+                    brain surgeon, see `surgeon_scores`); of tokens as fisher; needs no labels
+        fisher      1/2 mean_n (dL_n/dz)^2, L the cross-entropy with labels that are drawn from
+                    the model's own output: needs no labels
+        taylor      the same with the labels of the data
         activation  root mean square of what the unit gives: a dimension of a head's output, a
                     hidden unit, a token's row before attention and MLP
         magnitude   l2 norm of all weights of the unit; of no tokens, and needs no images
         random      uniform
 
-    The first two are in nats, the loss that is expected to be added when the unit alone is
-    removed, so that they compare between kinds: see `ranking="macs"` of `vitslim.threshold`.
+    The first three are in nats, the loss that is expected to be added when a unit is removed, so
+    that they compare between kinds: see `ranking="macs"` of `vitslim.threshold`.
 
     Args:
         model: A dense timm vision transformer, wrapped or not, in evaluation mode.
@@ -67,6 +72,8 @@ def importance(
         raise VitslimError(f"no criterion is called {criterion!r}; use {CRITERIA}")
     if granularity not in GRANULARITIES:
         raise VitslimError(f"no granularity is called {granularity!r}; use {GRANULARITIES}")
+    if criterion == "obs" and granularity != "head_dim":
+        raise VitslimError("obs scores every dimension of every head: take fisher for others")
     if isinstance(model, MaskedModel | SlimModel):
         raise VitslimError("this model is masked or slim already; score the dense one")
     chosen = _kinds(family, kinds, criterion)
@@ -80,10 +87,17 @@ def importance(
     elif criterion == "activation":
         images = _images(data, model, criterion, batch_size)
         each = _activations(model, family, chosen, images, quiet)
+    elif criterion == "obs":
+        images = _images(data, model, criterion, batch_size)
+        each = surgeon_scores(model, family, chosen, images, seed, quiet)
+        if "token" in chosen:
+            drawn = torch.Generator().manual_seed(seed)
+            rows = _sensitivities(model, family, ("token",), images, granularity, drawn, quiet)
+            each = [one | other for one, other in zip(each, rows, strict=True)]
     else:
         images = _images(data, model, criterion, batch_size)
-        drawn = torch.Generator().manual_seed(seed) if criterion == "fisher" else None
-        each = _sensitivities(model, family, chosen, images, granularity, drawn, quiet)
+        labels = torch.Generator().manual_seed(seed) if criterion == "fisher" else None
+        each = _sensitivities(model, family, chosen, images, granularity, labels, quiet)
     columns = {kind: [scores.get(kind) for scores in each] for kind in KINDS}
     if criterion in ("activation", "magnitude", "random"):
         columns["attention"] = [_shared(each, granularity) for each in columns["attention"]]
@@ -121,7 +135,7 @@ def _images(data: Any, model: nn.Module, criterion: str, batch_size: int) -> Ima
         raise VitslimError(
             f"{criterion} looks at images: give some, or take magnitude, which needs none"
         )
-    images = Images(data, model, batch_size, what_for=f"{criterion} scores")
+    images = Images.of(data, model, batch_size, what_for=f"{criterion} scores")
     if criterion == "taylor" and not images.labelled:
         raise VitslimError(
             "taylor needs labels: give (images, labels), or take fisher, which needs none"
@@ -156,10 +170,10 @@ def _sensitivities(
     for batch, labels in images.shown("scores", quiet):
         with watching(points) as seen, torch.enable_grad():
             logits = model(batch.detach().clone().requires_grad_())
-        if drawn is not None:
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=drawn)
-            labels = labels.squeeze(1).to(logits.device)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+            if drawn is None:
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+            else:
+                loss = drawn_loss(logits, int(getattr(model, "num_classes", 0)), drawn)
         gradients = torch.autograd.grad(loss, list(seen.values()))
         slopes: list[_Scores] = [{} for _ in sites]
         for ((index, kind, _), values), gradient in zip(seen.items(), gradients, strict=True):

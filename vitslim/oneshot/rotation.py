@@ -6,32 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Images
-from ..calibration.watching import Point, watching
 from ..errors import VitslimError
 from ..families import family_of
-from ..families.family import Site
+from ..families.family import head_width
 from ..layers.plain import why_not_cut
 from ..surgery.classes import MaskedModel, SlimModel
 from ..wrapped import bare, copy_of
-
-# Eigenvalues below this share of the largest count as this share: a singular covariance is none.
-_SMALLEST = 1e-10
+from .moments import felt, moments_of, roots
 
 
 @torch.no_grad()
-def rotate(model: nn.Module, images: Any, *, batch_size: int = 32, quiet: bool = False) -> Any:
+def rotate(
+    model: nn.Module, images: Any, *, batch_size: int = 32, seed: int = 0, quiet: bool = False
+) -> Any:
     """Returns a copy that computes the same, with the dimensions of every head in order of worth.
 
     The scores of a head depend on q k^T alone, and its output on v W_p, W_p being its columns of
     proj, so that an invertible map may stand between:
 
-        q M, k M^-T                 C_q^1/2 C_k^1/2 = U S V^T      M = C_q^-1/2 U S^1/2
-        v R, (R^-1 W_p^T)^T         C_o^1/2 W_p^T = U S V^T        R = C_o^-1/2 U
+        q M, k M^-T                   C_q^1/2 C_k^1/2 = U S V^T            M = C_q^-1/2 U S^1/2
+        v R, (R^-1 W_p^T)^T           C_o^1/2 W_p^T G^1/2 = U S V^T        R = C_o^-1/2 U
 
-    with C_q = E[q^T q], C_o = E[o^T o] of the head's output o, and C_k of the keys less their mean
-    over an image, which no softmax sees. The first r dimensions then are the best approximation of
-    rank r to the scores and to what the head writes, in the Frobenius norm over the images, and
-    `vitslim.threshold` can cut from the end. The maps are folded into qkv and proj in float64.
+    with the second moments C_q of q, C_k of the keys less their mean over an image, which no
+    softmax sees, and C_o of the head's output, in which a token counts as much as the loss feels a
+    change of it; G is that of the gradients of the stream that the head writes to. The first r
+    dimensions then are the best approximation of rank r, and `vitslim.threshold` can cut from the
+    end. Gradients are those of labels drawn from the model's own output, so none are needed. The
+    maps are folded into qkv and proj in float64.
 
     Where q or k is normalised or a rotary embedding stands between, q and k stay as they are;
     where the output is normalised or gated before proj, v does.
@@ -40,6 +41,7 @@ def rotate(model: nn.Module, images: Any, *, batch_size: int = 32, quiet: bool =
         model: A dense timm vision transformer, wrapped or not, in evaluation mode.
         images: As for `vitslim.importance`; at least as many as a head is wide.
         batch_size: Images that are computed at once.
+        seed: Of the labels that are drawn.
         quiet: Whether there is no progress bar.
 
     Raises:
@@ -54,45 +56,24 @@ def rotate(model: nn.Module, images: Any, *, batch_size: int = 32, quiet: bool =
     for site in sites:
         if why := why_not_cut({"qkv": site.block.attn.qkv, "proj": site.block.attn.proj}):
             raise VitslimError(f"{site.name} cannot be rotated: {why}")
-    widest = max(_head_dim(site) for site in sites)
-    seen = Images(images, model, batch_size, widest, f"heads {widest} wide")
+    widest = head_width(sites)
+    seen = Images.of(images, model, batch_size, widest, f"heads {widest} wide")
     rotated = copy_of(model)
-    moments = _moments(model, sites, seen, quiet)
-    for site, (queries, keys, outputs) in zip(family.sites(rotated), moments, strict=True):
-        attn = site.block.attn
-        if not (_is_there(attn, "q_norm") or _is_there(attn, "k_norm")):
-            _rotate_scores(attn, queries, keys)
-        if not (_is_there(attn, "norm") or _is_there(attn, "gate")):
-            _rotate_output(attn, outputs)
+    moments = moments_of(model, family, seen, hidden=False, seed=seed, quiet=quiet)
+    for site, each in zip(family.sites(rotated), moments, strict=True):
+        half, *_ = family.halves(site.block)
+        if not (_is_there(half.layer, "q_norm") or _is_there(half.layer, "k_norm")):
+            _rotate_scores(half.layer, each.queries, each.keys)
+        if not (_is_there(half.layer, "norm") or _is_there(half.layer, "gate")):
+            _rotate_output(half.layer, each.outputs, felt(half, each.after[0]))
     return rotated
-
-
-def _moments(
-    model: nn.Module, sites: list[Site], images: Images, quiet: bool
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Returns the second moments of q, of k less its mean and of the output, by block and head."""
-    points = [
-        *(Point((i, "qkv"), s.block.attn.qkv, "output") for i, s in enumerate(sites)),
-        *(Point((i, "out"), s.block.attn.proj, "input") for i, s in enumerate(sites)),
-    ]
-    sums: list[list[Any]] = [[0, 0, 0] for _ in sites]
-    for batch, _ in images.shown("moments of heads", quiet):
-        with watching(points) as seen:
-            model(batch)
-        for index, site in enumerate(sites):
-            heads = site.block.attn.num_heads
-            q, k, _ = seen[index, "qkv"].chunk(3, -1)
-            for which, rows in enumerate((q, k - k.mean(1, keepdim=True), seen[index, "out"])):
-                each = rows.flatten(0, 1).unflatten(1, (heads, -1)).transpose(0, 1)
-                sums[index][which] += (each.mT @ each).double()  # [heads, d, d]
-    return [(q, k, out) for q, k, out in sums]
 
 
 def _rotate_scores(attn: Any, queries: Tensor, keys: Tensor) -> None:
     """Turns q and k of every head, in place."""
     heads, dim = attn.num_heads, attn.head_dim
-    root_q, inverse_q = _roots(queries)
-    root_k, _ = _roots(keys)
+    root_q, inverse_q = roots(queries)
+    root_k, _ = roots(keys)
     left, values, _ = torch.linalg.svd(root_q @ root_k)
     to_q = (inverse_q @ left * values.sqrt().unsqueeze(-2)).mT  # M^T
     to_k = torch.linalg.inv(to_q.mT)  # equal to that of the formula, and exact to rounding
@@ -104,13 +85,14 @@ def _rotate_scores(attn: Any, queries: Tensor, keys: Tensor) -> None:
             bias[which] = (turn @ bias[which].double().unsqueeze(-1)).squeeze(-1)
 
 
-def _rotate_output(attn: Any, outputs: Tensor) -> None:
+def _rotate_output(attn: Any, outputs: Tensor, felt: Tensor) -> None:
     """Turns v of every head and its columns of proj, in place."""
     heads, dim = attn.num_heads, attn.head_dim
-    root, inverse = _roots(outputs)
+    own = outputs.unflatten(0, (heads, dim)).unflatten(2, (heads, dim))
+    root, inverse = roots(own.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
     columns = attn.proj.weight.data.unflatten(1, (heads, dim))  # [channels, heads, d]
     writes = columns.permute(1, 2, 0).double()  # [heads, d, channels]
-    left, _, _ = torch.linalg.svd(root @ writes, full_matrices=False)
+    left, _, _ = torch.linalg.svd(root @ writes @ felt, full_matrices=False)
     turn = (inverse @ left).mT  # R^T
     columns.copy_((torch.linalg.inv(turn.mT) @ writes).permute(2, 0, 1))
     weight = attn.qkv.weight.data.unflatten(0, (3, heads, dim))
@@ -118,24 +100,6 @@ def _rotate_output(attn: Any, outputs: Tensor) -> None:
     if attn.qkv.bias is not None:
         bias = attn.qkv.bias.data.unflatten(0, (3, heads, dim))
         bias[2] = (turn @ bias[2].double().unsqueeze(-1)).squeeze(-1)
-
-
-def _roots(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the square roots of second moments [heads, d, d] and their inverses."""
-    values, vectors = torch.linalg.eigh(moments)
-    largest = values.amax(-1, keepdim=True)
-    # Where nothing was seen at all every direction is as good as another.
-    values = torch.where(largest > 0, torch.maximum(values, _SMALLEST * largest), 1.0)
-    turned = vectors.mT
-    return (
-        vectors @ (values.sqrt().unsqueeze(-1) * turned),
-        vectors @ (values.rsqrt().unsqueeze(-1) * turned),
-    )
-
-
-def _head_dim(site: Site) -> int:
-    attn: Any = site.block.attn
-    return int(attn.proj.in_features // attn.num_heads)
 
 
 def _is_there(attn: nn.Module, name: str) -> bool:

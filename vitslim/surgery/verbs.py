@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..allowed import KINDS, TOKEN_GATES
-from ..calibration import Images, refit
+from ..calibration import Images, felt_tokens, refit
 from ..errors import VitslimError
 from ..families import Family, family_of
+from ..families.family import head_width
 from ..plan import Plan
 from ..wrapped import bare
 from .classes import MaskedModel, SlimModel, masked_from, slim_from
@@ -124,11 +125,13 @@ def slim(
     if target is not None:
         target = bare(target)
         _check_twin(model, target)
-    sites = family.sites(model)
-    widest = max(site.block.attn.proj.in_features // site.block.attn.num_heads for site in sites)
+    widest = head_width(family.sites(model))
     images = Images(calibrate, model, least=widest, what_for=f"heads {widest} wide")
     slimmed = slim_from(model, plan, fold)
-    refit(slimmed, model if target is None else target, images)
+    goal = model if target is None else target
+    # What a unit of another model computes is not what this one's should.
+    own = plan if target is None and fold else None
+    refit(slimmed, goal, images, plan=own, felt=felt_tokens(goal, family, images))
     return slimmed
 
 

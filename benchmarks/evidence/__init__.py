@@ -1,0 +1,1 @@
+"""What a cut without training keeps of a pretrained model, against rivals, on your photos."""
