@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vitslim import Masks, cost, load, save, slim, threshold
 from vitslim.masks import mask_parameters
+from vitslim.oneshot import prepare
 from vitslim.workflow.data.batches import open_data
+from vitslim.workflow.data.calibration import calibration
 from vitslim.workflow.options.choices import MaskOptions
 from vitslim.workflow.runtime.context import StageContext
 from vitslim.workflow.search import search
@@ -24,14 +27,22 @@ from . import criteria, uniform
 from .recipe import EPOCHS, WORLD, fit, fresh, renew, scores, stage_settings
 
 WIDTHS = ("attention", "mlp")
+ALL = 1_000_000  # calibration images: all there are
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search: what differs from the paper's settings, and which masks take part."""
+    """A search: what differs from the paper's settings, and which masks take part.
+
+    Attributes:
+        settings: Of training.
+        mask: Arguments of `vitslim.mask`.
+        rotated: Whether the heads are rotated before it, see `vitslim.rotate`.
+    """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     mask: Mapping[str, Any] = field(default_factory=lambda: {"kinds": WIDTHS})
+    rotated: bool = False
 
 
 SEARCHES = {
@@ -40,6 +51,7 @@ SEARCHES = {
     "per unit": Search({"l1_per": "unit"}),
     "per MAC": Search({"l1_per": "mac"}),
     "warm-up": Search({"l1_warmup_epochs": EPOCHS["search"] / 3}),
+    "rotated": Search(rotated=True),
     "tokens": Search(mask={}),
     "tokens on keys": Search(mask={"token_gate": "keys"}),
 }
@@ -55,6 +67,7 @@ class Variant:
         fold: Whether the masks' values are multiplied into the weights.
         threshold: More arguments of `vitslim.threshold`.
         scores: What is made of the search's masks before they are ranked, with the seed.
+        refitted: Whether what is kept is refitted to the dense model, see `vitslim.slim`.
         reference: The variant that it is compared with.
     """
 
@@ -63,6 +76,7 @@ class Variant:
     fold: bool = True
     threshold: Mapping[str, Any] = field(default_factory=dict)
     scores: Callable[[Masks, int], Masks] = lambda masks, seed: masks
+    refitted: bool = False
     reference: str = "paper"
 
 
@@ -78,9 +92,11 @@ VARIANTS = {
     "score per MAC": Variant("f", threshold={"ranking": "macs"}),
     "even layers": Variant("g", scores=criteria.even_layers),
     "random units": Variant("h", scores=criteria.random_units),
+    "rotated heads": Variant("i", "rotated"),
+    "refitted after the cut": Variant("j", refitted=True),
 }
 CRITERIA = ("random", "magnitude", "Taylor")
-RIVALS = (*CRITERIA, "Torch-Pruning")
+RIVALS = (*CRITERIA, "Torch-Pruning", "vitslim.compress")
 
 
 def dense(folder: Path, seed: int) -> dict[str, Any]:
@@ -104,6 +120,7 @@ def searched(folder: Path, seed: int, name: str) -> dict[str, Any]:
         load(folder / f"models/dense-{seed}"),
         StageContext("search", settings, WORLD, folder / f"models/{name}-{seed}", resume=True),
         masks=MaskOptions(**chosen.mask),
+        rotate=ALL if chosen.rotated else None,
     )
     masks = [parameter for _, parameter in mask_parameters(model)]
     zeros = sum(int((each == 0).sum()) for each in masks)
@@ -119,7 +136,13 @@ def cut(folder: Path, seed: int, budget: str, name: str) -> dict[str, Any]:
     masked = load(folder / f"models/{variant.search}-{seed}")
     masks = variant.scores(Masks.of(masked), seed)
     plan = threshold(masked, {"macs": budget}, masks=masks, round_to=1, **variant.threshold)
-    return _retrained(slim(masked, plan, fold=variant.fold), seed, EPOCHS["retrain"])
+    if variant.refitted:
+        target = load(folder / f"models/dense-{seed}").eval()
+        images = _images(target, stage_settings("retrain", seed))
+        small = slim(masked.eval(), plan, calibrate=images, target=target)
+    else:
+        small = slim(masked, plan, fold=variant.fold)
+    return _retrained(small, seed, EPOCHS["retrain"])
 
 
 def rival(folder: Path, seed: int, budget: str, name: str, at_once: bool) -> dict[str, Any]:
@@ -130,6 +153,9 @@ def rival(folder: Path, seed: int, budget: str, name: str, at_once: bool) -> dic
     if name in CRITERIA:
         masks = _scored(name, model, seed, data)
         small = slim(model, threshold(model, {"macs": budget}, masks=masks, round_to=1))
+    elif name == "vitslim.compress":
+        prepared = prepare(model.eval(), _images(model, settings), seed=seed, quiet=True)
+        small = prepared.cut(prepared.plan({"macs": budget}, round_to=1))
     else:
         macs = float(budget.rstrip("%")) / 100 * cost(model).macs
         small = uniform.prune(model, macs, data.epoch(0))
@@ -156,6 +182,11 @@ def scratch(folder: Path, seed: int, budget: str, pretraining: bool) -> dict[str
 def uncut(folder: Path, seed: int) -> dict[str, Any]:
     """Retrains the dense model as it is: the most that could be hoped for."""
     return _retrained(load(folder / f"models/longer-{seed}"), seed, EPOCHS["retrain"])
+
+
+def _images(model: nn.Module, settings: Any) -> torch.Tensor:
+    """Returns all training images as they are evaluated, without augmentation."""
+    return calibration(settings, model, WORLD, ALL).images
 
 
 def _scored(name: str, model: nn.Module, seed: int, data: Any) -> Masks:

@@ -30,6 +30,8 @@ QUESTIONS = {
     "f": "one global ranking by score per MAC, against equal fractions of each kind",
     "g": "the best units of every layer in equal number, against one ranking over all layers",
     "h": "any units in the number that the search gives a head or an MLP, against its best",
+    "i": "heads rotated before the search, against as they come",
+    "j": "what is kept refitted to the dense model after the cut, against cut alone",
 }
 WAYS = {
     "at once": "cut at once, retrained longer",
