@@ -127,6 +127,15 @@ def test_defaults_are_those_of_python() -> None:
     assert choices.ranking == "macs"
 
 
+def test_what_is_compressed_is_retrained_gently() -> None:
+    digits = settings_for("retrain", {"data": "digits"}, "compress")
+    assert (digits.lr, digits.hflip, digits.distill_loss_weight) == (3e-5, 0.0, 0.5)
+    searched = settings_for("retrain", {"data": "digits"})
+    gentle = searched.gentler()
+    assert (searched.epochs, gentle.epochs, gentle.lr) == (40, 10, pytest.approx(1e-4))
+    assert settings_for("retrain", {"data": "digits", "epochs": 1}).gentler().epochs == 1
+
+
 def test_more_budgets_and_what_is_done_stays(done: Path, place: Path, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in done.glob("cut/*/result.json")}
     again = words(place, "--budget", "macs=80%", "--budget", "latency=95%", "--output", str(done))
@@ -282,7 +291,7 @@ def test_a_run_goes_both_ways(both: Path) -> None:
     for ours, theirs in zip(summary["compressed"], summary["slim"], strict=True):
         assert ours["budget"] == theirs["budget"] and ours["method"] == "compressed"
         assert set(ours["cut"]) == set(ours["retrained"]) == {"accuracy"}
-        assert set(ours["latency_ms"]) == {"1", "32"}
+        assert set(ours["latency_ms"]) == {"1", "32"} and ours["retrain"]["epochs"] == 1
         assert vitslim.cost(vitslim.load(both / ours["folder"])) == (ours["params"], ours["macs"])
     # Tokens go only where a budget names them.
     plans = [vitslim.Plan.load(both / each["plan"]) for each in summary["compressed"]]
