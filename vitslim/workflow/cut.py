@@ -141,7 +141,7 @@ class Cutting:
             criterion=self.options.criterion or default_criterion(),
             kinds=self.kinds,
             rotation=self.options.rotate,
-            refit=self.options.refit,
+            refitted=self.options.refit,
             seed=self.settings.seed,
             quiet=not self.world.primary,
         )

@@ -161,18 +161,18 @@ def run(job: Job) -> dict[str, Any]:
 def _compressed(
     job: Job, dense: nn.Module, budgets: Mapping[str, Mapping[str, Any]], world: World
 ) -> list[dict[str, Any]]:
-    """Takes the dense model the other way, and retrains in the same manner.
+    """Takes the dense model the other way, and retrains in the same manner, but more gently.
 
     Tokens are cut where a budget names them.
     """
-    found = []
+    found, settings = [], job.stages["retrain"].gentler()
     for tokens in (False, True):
         some = {name: budget for name, budget in budgets.items() if ("token" in budget) == tokens}
         cutting = Cutting(
             dense,
             job.model,
             job.output / "compress",
-            job.stages["retrain"],
+            settings,
             world,
             compressed_kinds(job.masks.kinds, tokens),
             dataclasses.replace(job.plans, ranking="macs"),
@@ -182,6 +182,7 @@ def _compressed(
             name, teacher = each["name"], _teacher(job, "retrain", dense, world)
             result = cutting.retrain(name, f"compress/{name}", job.output, teacher)
             each["retrained"] = result["retrained"]
+            each["retrain"] = {"epochs": settings.epochs, "lr": settings.lr}
             found.append(each | {key: f"compress/{each[key]}" for key in ("plan", "folder")})
     return sorted(found, key=lambda each: list(budgets).index(each["name"]))
 

@@ -79,5 +79,7 @@ def _rotated(model: nn.Module, context: StageContext, count: int) -> nn.Module:
     start = copy.deepcopy(model).to(world.device).eval()
     found = calibration(context.settings, start, world, count)
     context.journal.say(f"heads rotated on {len(found.images)} images")
-    rotated: nn.Module = rotated_copy(start, found.images, quiet=not world.primary)
+    rotated: nn.Module = rotated_copy(
+        start, found.images, seed=context.settings.seed, quiet=not world.primary
+    )
     return rotated.train(model.training)

@@ -183,6 +183,21 @@ class Settings:
         """Returns how many images one update of the weights has seen, over all processes."""
         return self.among(processes).batch_size * processes * self.grad_accum_steps
 
+    def gentler(self) -> "Settings":
+        """Returns what suits a model that is near its goal: a quarter of the epochs, a tenth of the
+        rates. On digits, 40 epochs at 1e-3 lost what a compressed model had kept (98.6 to 95.8 %).
+        """
+        epochs = -(-self.epochs // 4)
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=min(self.warmup_epochs, epochs // 4),
+            lr=None if self.lr is None else self.lr / 10,
+            lr_base=self.lr_base / 10,
+            min_lr=self.min_lr / 10,
+            warmup_lr=self.warmup_lr / 10,
+        )
+
     def binding(self, processes: int) -> dict[str, Any]:
         """Returns what must be the same when a stage goes on, with any number of processes."""
         fields = dataclasses.fields(self)
@@ -303,6 +318,9 @@ def defaults(stage: str, data: str, recipe: str | None = None) -> Mapping[str, A
     for name in (under, "digits" if data == "digits" else None):
         if name is not None:
             own = overlaid(own, of_stage(open_recipe(name), stage))
+    if under is not None:
+        # What a verb wants of one stage stands over what any training on the data wants.
+        own = overlaid(own, open_recipe(under).get(stage, {}))
     return PAPER[stage] | {name: read_value(FIELDS[name], value) for name, value in own.items()}
 
 

@@ -213,7 +213,8 @@ def _steps(record: Record, stages: Table) -> Iterator[Progress]:
         folder = record.folder / stage
         if kind == "compress":
             kind, folder = "retrain", record.folder / "compress/retrain" / name
-        expected, rows = _epochs(record.args, kind), stages.get(stage, [])
+        gently = stage.startswith("compress/")
+        expected, rows = _epochs(record.args, kind, gently), stages.get(stage, [])
         yield progress(stage, folder, rows, expected, finished.get(stage, False))
 
 
@@ -234,12 +235,13 @@ def _budgets(record: Record) -> dict[str, str]:
     return found
 
 
-def _epochs(args: dict[str, Any], stage: str) -> int | None:
+def _epochs(args: dict[str, Any], stage: str, gently: bool = False) -> int | None:
     """Returns how many epochs a stage of a run was told to train, or None if that is unknown."""
     if not args:
         return None
     try:
-        return settings_for(stage, of_stage(nested(args), stage)).epochs
+        settings = settings_for(stage, of_stage(nested(args), stage))
+        return (settings.gentler() if gently else settings).epochs
     except VitslimError:
         return None
 
