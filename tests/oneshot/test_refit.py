@@ -63,6 +63,21 @@ def test_ridge_is_the_minimum_of_its_loss():
     torch.testing.assert_close(layer(x), columns @ solved)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ridge_of_columns_that_are_the_same_or_never_there(dtype):
+    layer = torch.nn.Linear(8, 3).to(dtype)
+    x = torch.randn(500, 8)
+    x[:, 4:6], x[:, 6:] = x[:, :2], 0
+    moments = Moments(layer)
+    moments.add(x.to(dtype), (x @ torch.ones(8, 3)).to(dtype), torch.ones(500, dtype=dtype))
+    solved = moments.solve(weights_of(layer), 1e-9)
+    assert solved.isfinite().all()
+    torch.testing.assert_close(solved[6:8], weights_of(layer)[6:8])
+    error = x @ solved[:8].float() + solved[8].float() - x.sum(1, keepdim=True)
+    assert error.abs().max() < (1e-2 if dtype == torch.float32 else 0.1)
+
+
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -151,6 +166,17 @@ def test_nothing_changes_but_the_copy(model, images):
     assert frozen and not any(p.requires_grad for p in slim.parameters())
     for module in (*model.modules(), *slim.modules()):
         assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_of_other_dtypes(model, images, dtype):
+    half, plan = model.to(dtype), narrow(model)
+    plain = vitslim.slim(half, plan)
+    refitted = vitslim.slim(half, plan, calibrate=images.to(dtype))
+    assert refitted.blocks[0].mlp.fc2.weight.dtype == dtype
+    assert loss(refitted, half, images.to(dtype)) < 0.6 * loss(plain, half, images.to(dtype))
+    small = vitslim.compress(half, images.to(dtype), "macs=60%")
+    assert small(images.to(dtype)).isfinite().all()
 
 
 def test_bad_input_is_one_sentence(model, images):

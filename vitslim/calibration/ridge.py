@@ -28,6 +28,9 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Adds rows x [rows, inputs], y [rows, outputs] that count weight [rows] each."""
+        # Products of 16-bit numbers would be rounded to 16 bits.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x, y, weight = x.to(exact), y.to(exact), weight.to(exact)
         if self.layer.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         weighted = (x * weight.unsqueeze(1)).T
@@ -57,7 +60,11 @@ class Moments:
         ridge = strength * diagonal + 1e-7 * diagonal.mean().clamp(
             min=torch.finfo(start.dtype).tiny
         )
-        factor = torch.linalg.cholesky(self.inner + torch.diag(ridge))
+        factor, failed = torch.linalg.cholesky_ex(self.inner + torch.diag(ridge))
+        while failed:
+            # Rounding has made a direction negative in which there is next to nothing.
+            ridge = 10 * ridge
+            factor, failed = torch.linalg.cholesky_ex(self.inner + torch.diag(ridge))
         return start + torch.cholesky_solve(self.cross - self.inner @ start, factor)
 
     def error(self, weights: Tensor, scale: Tensor) -> float:

@@ -76,10 +76,10 @@ def moments_of(
             output = model(batch.detach().clone().requires_grad_())
             loss = drawn_loss(output, int(getattr(model, "num_classes", 0)), generator)
         felt = [(i, name) for i, _ in enumerate(sites) for name in ("out", "middle", "end")]
-        slopes = torch.autograd.grad(loss, [seen[key] for key in felt])
+        slopes = [_exact(each) for each in torch.autograd.grad(loss, [seen[key] for key in felt])]
         slope = dict(zip(felt, slopes, strict=True))
         for index, site in enumerate(sites):
-            of = {name: seen[index, name].detach() for name in ("qkv", "out", "hidden")}
+            of = {name: _exact(seen[index, name]) for name in ("qkv", "out", "hidden")}
             found = _heads(site.block.attn, of["qkv"], slope[index, "out"])
             found |= _rows("outputs", of["out"], slope[index, "middle"])
             found |= _stream(0, slope[index, "middle"]) | _stream(1, slope[index, "end"])
@@ -88,6 +88,11 @@ def moments_of(
             for name, value in found.items():
                 sums[index][name] = sums[index].get(name, 0) + value.double()
     return [_finished(each, images.count) for each in sums]
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Returns values in float32 at least, for products of 16-bit numbers are rounded."""
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _heads(attn: nn.Module, qkv: Tensor, slope: Tensor) -> dict[str, Tensor]:

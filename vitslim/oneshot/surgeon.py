@@ -74,7 +74,8 @@ def removal(moments: Tensor, writes: Tensor, alone: Tensor | None = None) -> Ten
         costs[numbers[taken]], highest = rising, rising[-1:]
         gone[taken] = True
         rows = inverse[taken]
-        share = torch.linalg.solve(rows[:, taken], rows)  # [step, what is left]
+        # Rounding may have left nothing of a unit that others make up for whole.
+        share = torch.linalg.pinv(rows[:, taken], hermitian=True) @ rows  # [step, what is left]
         writes.addmm_(share.T, writes[taken], alpha=-1)
         inverse.addmm_(rows.T, share, alpha=-1)
         if int(gone.sum()) > len(gone) // 8:
