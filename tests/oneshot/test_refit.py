@@ -148,14 +148,35 @@ def test_fewer_images_are_taken_evenly(model, images, labels):
 
 def test_what_the_loss_feels_of_tokens(model, images):
     felt = felt_tokens(model, family_of(model, "tested"), Images(images, model))
-    assert len(felt) == 6
-    assert felt[5][0] > 0 and not felt[5][1:].any()  # the head reads the class token alone
-    assert all((each > 0).all() for each in felt[:4])
+    assert [len(block) for block in felt] == [2, 2, 2]
+    last = felt[2][1]
+    assert last[0] > 0 and not last[1:].any()  # the head reads the class token alone
+    assert all((each > 0).all() for block in felt[:2] for each in block)
     plan = narrow(model)
     near, alike = vitslim.slim(model, plan), vitslim.slim(model, plan)
     refit(near, model, Images(images, model), felt=felt)
     refit(alike, model, Images(images, model))
     assert loss(near, model, images) < loss(alike, model, images)
+
+
+def test_a_block_of_somebody_elses_is_left_alone(images):
+    class Doubled(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, **options):
+            return 2 * self.block(x, **options)
+
+    model = make()
+    keep = narrow(model).blocks
+    model.blocks[1] = Doubled(model.blocks[1]).eval()
+    plan = plan_of([keep[0], BlockPlan(), keep[2]])
+    plain, refitted = vitslim.slim(model, plan), vitslim.slim(model, plan, calibrate=images)
+    assert loss(refitted, model, images) < 0.8 * loss(plain, model, images)
+    for verb in (vitslim.rotate, vitslim.importance):
+        with pytest.raises(vitslim.VitslimError, match=r"blocks\.1.*it is a .*Doubled"):
+            verb(model, images)
 
 
 def test_nothing_changes_but_the_copy(model, images):

@@ -37,8 +37,8 @@ def felt_tokens(
     most: int = 256,
     seed: int = 0,
     quiet: bool = False,
-) -> list[Tensor]:
-    """Returns how much the loss feels of each token after every half of every block.
+) -> list[list[Tensor]]:
+    """Returns by block how much the loss feels of each token after each of its halves.
 
     That is the mean over images of |g|^2, [tokens], g being the gradient in the residual stream.
     Where a class token alone is read, it is all that counts after the last block.
@@ -53,17 +53,20 @@ def felt_tokens(
     """
     sites, generator = family.sites(model), torch.Generator().manual_seed(seed)
     points: list[Point] = []
-    for site in sites:
+    for index, site in enumerate(sites):
         for half in family.halves(site.block)[1:]:
-            points.append(Point(len(points), half.norm, "input"))
-        points.append(Point(len(points), site.block, "output"))
-    sums: list[Any] = [0] * len(points)
+            points.append(Point((index, len(points)), half.norm, "input"))
+        points.append(Point((index, len(points)), site.block, "output"))
+    sums: dict[Any, Any] = {point.key: 0 for point in points}
     images = images.evenly(most)
     for batch, _ in images.shown("gradients", quiet):
         with watching(points) as seen, torch.enable_grad():
             output = model(batch.detach().clone().requires_grad_())
             loss = drawn_loss(output, int(getattr(model, "num_classes", 0)), generator)
-        slopes = torch.autograd.grad(loss, [seen[index] for index, _ in enumerate(points)])
-        for index, slope in enumerate(slopes):
-            sums[index] = sums[index] + slope.double().square().sum((0, 2))
-    return [each / images.count for each in sums]
+        slopes = torch.autograd.grad(loss, [seen[key] for key in sums])
+        for key, slope in zip(sums, slopes, strict=True):
+            sums[key] = sums[key] + slope.double().square().sum((0, 2))
+    felt: list[list[Tensor]] = [[] for _ in sites]
+    for (index, _), total in sums.items():
+        felt[index].append(total / images.count)
+    return felt

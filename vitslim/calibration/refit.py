@@ -34,7 +34,7 @@ def refit(
     images: Images,
     *,
     plan: Plan | None = None,
-    felt: Sequence[Tensor] | None = None,
+    felt: Sequence[Sequence[Tensor]] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     memory: int = 2 << 30,
     quiet: bool = False,
@@ -56,7 +56,7 @@ def refit(
         target: What it was cut from, or another model with the same blocks and channels.
         images: What both see.
         plan: That the target was cut to, so that units are known; None leaves qkv and fc1 alone.
-        felt: How much the loss feels of each token after every half of every block, [tokens], see
+        felt: By block how much the loss feels of each token after each half, [tokens], see
             `felt_tokens`; None counts all alike.
         strengths: Of the ridges that are tried.
         memory: Bytes for the states of all images; what is beyond lies in temporary files.
@@ -64,7 +64,6 @@ def refit(
     """
     family = family_of(target, "calibrated")
     pairs = list(zip(family.sites(slim), family.sites(target), strict=True))
-    weights = iter([_weights(each) for each in felt or ()])
     blocks = [BlockPlan()] * len(pairs) if plan is None else plan.blocks
     one = memory // _STREAMS
     with Spool(one) as wanted, Spool(one) as stream:
@@ -75,20 +74,25 @@ def refit(
             stream.append(family.embed(slim, batch))
         alive = None
         bar = tqdm(pairs, "refitting", unit="block", disable=quiet or None, leave=False)
-        for (place, goal), keep in zip(bar, blocks, strict=True):
+        for number, ((place, goal), keep) in enumerate(zip(bar, blocks, strict=True)):
             halves = family.halves(place.block)
+            if not halves:  # a block of somebody else's, as it is in both
+                stream.replace(place.block(state) for state in stream)
+                wanted.replace(goal.block(state) for state in wanted)
+                continue
             with ExitStack() as stack:
                 ends, units = _of_target(family, goal.block, keep, wanted, stack, one)
+                felt_here = [None] * len(halves) if felt is None else felt[number]
                 select = getattr(place.block, "tokens", None)
                 gate: tuple[Tensor, ...] = ()
                 if isinstance(select, TokenSelect):
                     alive = select.rows if alive is None else alive[select.rows]
                     gate = (select.gate,)
                     stream.replace(select(state) for state in stream)
-                for half, end, values in zip(halves, ends, units, strict=True):
+                for half, end, values, rows in zip(halves, ends, units, felt_here, strict=True):
                     if values is not None and is_plain(half.first):
                         _fit_first(half, gate, stream, values, alive, strengths)
-                    weight = next(weights, None)
+                    weight = None if rows is None else _weights(rows)
                     _fit_last(half, gate, stream, end, alive, weight, strengths, 4 * one)
 
 

@@ -47,8 +47,8 @@ class Half(NamedTuple):
 
 def head_width(sites: Iterable[Site]) -> int:
     """Returns the width of the widest head of dense or masked blocks, in dimensions."""
-    layers = [site.block.attn for site in sites]
-    return max(int(attn.proj.in_features) // int(attn.num_heads) for attn in layers)
+    layers = [site.block.attn for site in sites if hasattr(site.block, "attn")]
+    return max((int(attn.proj.in_features) // int(attn.num_heads) for attn in layers), default=1)
 
 
 class Family(ABC):
@@ -96,7 +96,10 @@ class Family(ABC):
 
     @abstractmethod
     def halves(self, block: Any) -> tuple[Half, ...]:
-        """Returns the residual branches of a block, dense, masked or slim, in their order."""
+        """Returns the residual branches of a block, dense, masked or slim, in their order.
+
+        There are none of a block that is not the family's, which `skip` leaves in a model.
+        """
 
     @abstractmethod
     def why_not_tokens(self, block: Any, token_gate: str) -> str | None:

@@ -33,7 +33,7 @@ class Prepared:
     model: nn.Module
     scores: Masks
     images: Images | None
-    felt: Sequence[Tensor] | None
+    felt: Sequence[Sequence[Tensor]] | None
     quiet: bool = False
 
     def plan(
