@@ -154,7 +154,7 @@ OLDEST_TIMM := 1.0.16
 test-oldest-timm: $(VENV)/.built
 	$(PY) -m pip install -q --no-deps --target build/timm-$(OLDEST_TIMM) --upgrade timm==$(OLDEST_TIMM)
 	PYTHONPATH=build/timm-$(OLDEST_TIMM) $(PYTEST) -q \
-	  -m "not slow" tests/layers tests/packed tests/test_surgery.py tests/test_checkpoint.py \
+	  -m "not slow" tests/layers tests/oneshot tests/packed tests/test_surgery.py tests/test_checkpoint.py \
 	  tests/test_cost.py tests/test_description.py tests/test_variants.py tests/test_wrapped.py
 
 clean:

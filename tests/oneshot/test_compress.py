@@ -43,7 +43,7 @@ def test_saved_and_loaded(model, images, tmp_path):
 
 
 def test_tokens_too(images):
-    small = vitslim.compress(make(), images, "macs=60%", kinds=None)
+    small = vitslim.compress(make(), images, "macs=60%,token=0.7", kinds=None)
     assert any(len(block.tokens.keep) < 16 for block in small.blocks)
 
 
