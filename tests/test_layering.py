@@ -44,6 +44,7 @@ WORKFLOW = {
     "run": 9,
     "compress": 9,
     "cut": 8,
+    "run_folder": 5,
     "summary": 6,
     "retrain": 7,
     "finetune": 6,
@@ -57,13 +58,12 @@ WORKFLOW = {
     "classifier": 3,
     "data": 2,
     "runtime": 1,
-    "threshold": 1,
-    "image_size": 1,
-    "export": 1,
-    "tune": 1,
+    "latency": 1,
+    "image_size": 2,
+    "export": 2,
+    "tune": 2,
     "options": 0,
-    "latency": 0,
-    "ranking": 0,
+    "aligned": 0,
 }
 
 

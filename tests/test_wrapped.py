@@ -32,6 +32,17 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
+def test_a_sharded_model_looks_at_no_images(group):
+    model = sharded(make().eval())
+    images = torch.randn(40, 3, 32, 32)
+    for verb in (vitslim.rotate, vitslim.importance):
+        with pytest.raises(vitslim.VitslimError, match=r"sharded|FSDP"):
+            verb(model, images)
+    with pytest.raises(vitslim.VitslimError, match=r"the model is sharded \(FSDP2\)"):
+        vitslim.compress(model, images, "macs=60%")
+    assert vitslim.compress(copy_of(model).eval(), images, "macs=60%")(images).isfinite().all()
+
+
 WRAPS = {
     "torch.compile": torch.compile,
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,

@@ -7,4 +7,5 @@ TOKEN_GATES = ("input", "keys")
 TOKEN_RULES = ("running-min", "any-deeper")
 RANKINGS = ("fractions", "macs")
 SPREADS = ("kind", "unit", "mac")
+# The first one is what is taken unasked.
 CRITERIA = ("obs", "fisher", "taylor", "activation", "magnitude", "random")

@@ -176,12 +176,10 @@ def finetune_verb(given: dict[str, Any]) -> None:
 
 def compress_verb(given: dict[str, Any]) -> None:
     from .workflow.compress import CompressJob, compress
-    from .workflow.cut import default_criterion
 
     resume, asked = _resume(given), asked_by(given, "compress")
     choices = asked.choices
     name, output = model_of(choices), _output(choices)
-    choices = dataclasses.replace(choices, criterion=choices.criterion or default_criterion())
     epochs = int(asked.chosen["retrain"].get("epochs", 0))
     if epochs < 0:
         raise VitslimError(f"--retrain-epochs must be at least 0, not {epochs}.")

@@ -99,9 +99,7 @@ def _run(verbs: Any) -> None:
         "weights it is trained first [for digits: a small ViT]",
     )
     add_choices(parser, ("pretrained", "model_kwargs", "train_dense", "fold"))
-    add_choices(parser, ("compress", "calibration_images"))
-    add_choices(parser, ("criterion",), criterion="that of vitslim.compress")
-    add_choices(parser, ("rotate",))
+    add_choices(parser, ("compress", "calibration_images", "criterion", "rotate"))
     add_masks(parser)
     add_planning(parser)
     add_settings_of_run(parser)
@@ -124,7 +122,7 @@ def _compress(verbs: Any) -> None:
     add_model(parser)
     add_budget(parser)
     add_output(parser, "where the slim models, their plans and the report go")
-    add_choices(parser, LOOKING, recipe="compress", criterion="that of vitslim.compress")
+    add_choices(parser, LOOKING, recipe="compress")
     usual = f"{open_recipe('compress')['round_to']}; digits {open_recipe('digits')['round_to']}"
     add_choices(parser.group("threshold"), CUTTING, recipe="compress", round_to=usual)
     parser.group("optimisation").add_argument(

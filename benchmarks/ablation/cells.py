@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitslim import Masks, cost, load, save, slim, threshold
+from vitslim import Masks, cost, importance, load, save, slim, threshold
 from vitslim.masks import mask_parameters
 from vitslim.oneshot import prepare
 from vitslim.workflow.data.batches import open_data
@@ -190,11 +190,9 @@ def _images(model: nn.Module, settings: Any) -> torch.Tensor:
 
 
 def _scored(name: str, model: nn.Module, seed: int, data: Any) -> Masks:
-    if name == "random":
-        return criteria.random_scores(model, seed)
-    return (
-        criteria.magnitude(model) if name == "magnitude" else criteria.taylor(model, data.epoch(0))
-    )
+    if name == "Taylor":
+        return criteria.taylor(model, data.epoch(0))
+    return importance(model, criterion=name, seed=seed)
 
 
 def _kept(model: nn.Module, folder: Path, settings: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Scores of the rivals: how much a unit matters, read off the dense model without a search.
+"""Taylor importance as others compute it: a batch at a time, of weights instead of masks.
 
-Beside them, what takes one half of a search's plan away: which layers keep how much, or which of
+Beside it, what takes one half of a search's plan away: which layers keep how much, or which of
 their units.
 
 A unit is what a plan can cut. An attention dimension is a row of q, of k and of v with their
@@ -18,21 +18,6 @@ from vitslim.masks import Masks
 Reading = Callable[[Tensor], Tensor]
 
 
-def random_scores(model: nn.Module, seed: int) -> Masks:
-    """Scores every unit at random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(units: Tensor) -> Tensor:
-        return torch.rand(len(units), generator=generator)
-
-    return _masks(model, lambda parameter: parameter, draw)
-
-
-def magnitude(model: nn.Module) -> Masks:
-    """Scores a unit by the Euclidean norm of its weights."""
-    return _masks(model, lambda parameter: parameter, lambda units: units.norm(dim=1))
-
-
 def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Masks:
     """Scores a unit by |sum of weight * gradient|: the change of the loss without it, roughly.
 
@@ -44,7 +29,7 @@ def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Masks:
     for images, target in batches:
         model.zero_grad()
         F.cross_entropy(model(images), target).backward()
-        each.append(_masks(model, _times_gradient, lambda units: units.sum(1).abs()))
+        each.append(_change_without(model))
     model.zero_grad()
     return Masks(
         [torch.stack(layer).mean(0) for layer in zip(*(m.attention for m in each), strict=True)],
@@ -86,23 +71,25 @@ def _times_gradient(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _masks(model: nn.Module, read: Reading, score: Reading) -> Masks:
-    """Scores units, each a row of what `read` makes of the parameters that it consists of."""
+def _change_without(model: nn.Module) -> Masks:
+    """Scores units, each a row of all its parameters times their gradients."""
     attention: list[Tensor | None] = []
     mlp: list[Tensor | None] = []
     for block in model.blocks:
-        scores = score(_attention_units(block.attn, read))
-        attention.append(scores.view(block.attn.num_heads, -1))
-        mlp.append(score(_hidden_units(block.mlp, read)))
+        units = _attention_units(block.attn).sum(1).abs()
+        attention.append(units.view(block.attn.num_heads, -1))
+        mlp.append(_hidden_units(block.mlp).sum(1).abs())
     return Masks(attention, mlp, [None] * len(mlp))
 
 
-def _attention_units(attn: nn.Module, read: Reading) -> Tensor:
-    rows = torch.cat([read(attn.qkv.weight), read(attn.qkv.bias).unsqueeze(1)], 1)  # [3 D, C + 1]
+def _attention_units(attn: nn.Module) -> Tensor:
+    bias = _times_gradient(attn.qkv.bias).unsqueeze(1)
+    rows = torch.cat([_times_gradient(attn.qkv.weight), bias], 1)  # [3 D, C + 1]
     q, k, v = rows.chunk(3)
-    return torch.cat([q, k, v, read(attn.proj.weight).T], 1)  # [D, 4 C + 3]
+    return torch.cat([q, k, v, _times_gradient(attn.proj.weight).T], 1)  # [D, 4 C + 3]
 
 
-def _hidden_units(mlp: nn.Module, read: Reading) -> Tensor:
-    bias = read(mlp.fc1.bias).unsqueeze(1)
-    return torch.cat([read(mlp.fc1.weight), bias, read(mlp.fc2.weight).T], 1)  # [M, 2 C + 1]
+def _hidden_units(mlp: nn.Module) -> Tensor:
+    bias = _times_gradient(mlp.fc1.bias).unsqueeze(1)
+    rows = [_times_gradient(mlp.fc1.weight), bias, _times_gradient(mlp.fc2.weight).T]
+    return torch.cat(rows, 1)  # [M, 2 C + 1]

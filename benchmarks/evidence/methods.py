@@ -1,7 +1,6 @@
 """The ways to a smaller model: each prepares once for a seed, then cuts to any budget."""
 
 import copy
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from torch import nn
 
 from benchmarks.ablation import uniform
 from vitslim import cost, importance, slim, threshold
-from vitslim.oneshot import Prepared, prepare
+from vitslim.oneshot import prepare
 from vitslim.workflow.options.choices import MaskOptions
 from vitslim.workflow.runtime.context import StageContext
 from vitslim.workflow.runtime.seeds import seed_everything
@@ -155,22 +154,9 @@ class Method:
     group: str = "rival"
 
 
-def _ablations() -> dict[str, Method]:
-    """Returns ours with one thing changed, but for what is our default already."""
-    criterion = inspect.signature(prepare).parameters["criterion"].default
-    ranking = inspect.signature(Prepared.plan).parameters["ranking"].default
-    found = {
-        "no-rotation": Method("ours, heads not rotated", partial(ours, rotation=False)),
-        "by-taylor": Method("ours, scored by Taylor", partial(ours, criterion="taylor")),
-        "by-fisher": Method("ours, scored by Fisher", partial(ours, criterion="fisher")),
-        "fractions": Method("ours, one fraction of each kind", partial(ours, ranking="fractions")),
-        "macs": Method("ours, one ranking per MAC", partial(ours, ranking="macs")),
-    }
-    return {
-        name: Method(each.label, each.make, ("refitted",), "ablation")
-        for name, each in found.items()
-        if name not in (f"by-{criterion}", ranking)
-    }
+def _changed(what: str, **options: Any) -> Method:
+    """Returns ours with one thing changed."""
+    return Method(f"ours, {what}", partial(ours, **options), ("refitted",), "ablation")
 
 
 METHODS: dict[str, Method] = {
@@ -180,7 +166,10 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude, even widths", partial(even, criterion="magnitude")),
     "activation": Method("activation, even widths", partial(even, criterion="activation")),
     "random": Method("random, even widths", partial(even, criterion="random")),
-    **_ablations(),
+    "no-rotation": _changed("heads not rotated", rotation=False),
+    "by-taylor": _changed("scored by Taylor", criterion="taylor"),
+    "by-fisher": _changed("scored by Fisher", criterion="fisher"),
+    "fractions": _changed("one fraction of each kind", ranking="fractions"),
     "search": Method("the paper's search", searched, group="search"),
     "scratch": Method("from scratch", scratch, ()),
 }

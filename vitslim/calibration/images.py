@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..errors import VitslimError
 from ..families import Family, family_of
 from ..layers.plain import like
+from ..wrapped import is_sharded
 
 # No image that was normalised by its data's mean and standard deviation has a value beyond this.
 _LARGEST = 30.0
@@ -41,12 +42,17 @@ class Images:
         least: int = 1,
         what_for: str = "calibration",
     ) -> None:
+        if is_sharded(model):
+            raise VitslimError(
+                "the model is sharded (FSDP2), and images are looked at by whole ones; save it and "
+                "load it again, or take vitslim.wrapped.copy_of(model)"
+            )
         if any(module.training for module in model.modules()):
             raise VitslimError("the model is in training mode; call model.eval() first")
         self.batch_size, self.count, self._share = batch_size, 0, (1, 1)
         self._family: Family = family_of(model, "calibrated")
         self._model, self._like = model, like(model)
-        self._data = data
+        self._data, self._checked = data, False
         self.labelled = True
         first, varied = None, False
         for images, labels in self:
@@ -54,6 +60,7 @@ class Images:
             first = images[:1] if first is None else first
             varied |= not torch.equal(images, first.expand_as(images))
             self.count += len(images)
+        self._checked = True
         if self.count < least:
             raise VitslimError(
                 f"{self.count} images are too few for {what_for}, which takes at least {least}: "
@@ -81,7 +88,8 @@ class Images:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         begin, (most, count) = 0, self._share
         for images, labels in _pieces(self._data):
-            self._check(images, labels)
+            if not self._checked:
+                self._check(images, labels)
             if most < count:
                 # Image i is taken where i * most / count passes a whole number.
                 numbers = torch.arange(begin, begin + len(images), device=images.device)

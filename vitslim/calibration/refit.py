@@ -21,10 +21,10 @@ from .watching import Point, watching
 
 # The part of a token's weight that does not depend on what the loss feels of it.
 EVEN = 0.3
-# States of all images that are there at once, in streams of the residual's width: two of them, and
-# of one block the target's two and what its first layers gave, three and four times as wide, and
-# the slim model's new one and what its last layer reads, four times as wide.
-_STREAMS = 16
+# States of all images that are there at once, counted in streams of the residual's width: the two
+# models', each beside its next one; of one block the target's between its halves, the values of
+# its units, and what the slim model's last layer reads, each of those up to four times as wide.
+_STREAMS = 17
 
 
 @torch.no_grad()
@@ -110,18 +110,20 @@ def _of_target(
     units = [
         None if kept[half.kind] is None else stack.enter_context(Spool(4 * one)) for half in halves
     ]
-    points = [Point(("middle", i), half.norm, "input") for i, half in enumerate(halves)]
+    points = [Point(("middle", i), half.norm, "input") for i, half in enumerate(halves) if i]
     points += [Point(("first", i), half.first, "output") for i, half in enumerate(halves)]
-    after = stack.enter_context(Spool(one))
-    for state in stream:
+
+    def after(state: Tensor) -> Tensor:
         with watching(points) as seen:
-            after.append(block(state))
+            end: Tensor = block(state)
         for number, middle in enumerate(middles, 1):
             middle.append(seen["middle", number])
         for number, (half, spool) in enumerate(zip(halves, units, strict=True)):
             if spool is not None:
                 spool.append(values_of_units(half, seen["first", number], keep))
-    stream.replace(after)
+        return end
+
+    stream.replace(after(state) for state in stream)
     return [*middles, stream], units
 
 

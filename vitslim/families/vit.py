@@ -13,7 +13,6 @@ from ..errors import VitslimError
 from ..layers import MaskedBlock, SlimBlock
 from ..layers.norm import why_not_norm
 from ..plan import Plan
-from ..wrapped import plain_type
 from .counting import counted_macs
 from .family import Family, Half, Site
 from .plain import plain_settings
@@ -62,7 +61,7 @@ class Vit(Family):
         return embedded
 
     def halves(self, block: Any) -> tuple[Half, ...]:
-        if plain_type(block) not in (*self.block_types, self.masked_block, self.slim_block):
+        if type(block) not in (*self.block_types, self.masked_block, self.slim_block):
             return ()
         attn, mlp = block.attn, block.mlp
         return (

@@ -25,9 +25,9 @@ _SMALLEST = 1e-10
 class BlockMoments:
     """Second moments of a block's attention and MLP, sums over tokens and means over images.
 
-    With g the gradient of an image's loss in the residual stream, a row of x counts |g|^2, so that
-    1/2 tr(D writes D^T) with writes = E[g^T g] / E[g g^T] is about what a change D of x adds to the
-    loss, in nats.
+    With g the gradient of an image's loss in the residual stream, a row x that is read there counts
+    |g|^2. With C the moments of x and G those of g, of trace 1, a change D of the layer's weights
+    then adds about 1/2 tr(D^T C D G) to the loss, in nats.
 
     Attributes:
         queries: [heads, d, d] of q, a token counting the squared gradients of its scores.

@@ -11,7 +11,7 @@ from ..families import family_of
 from ..families.family import head_width
 from ..layers.plain import kind_of, why_not_cut
 from ..surgery.classes import MaskedModel, SlimModel
-from ..wrapped import bare, copy_of, plain_type
+from ..wrapped import bare, copy_of
 from .moments import felt, moments_of, roots
 
 
@@ -54,7 +54,7 @@ def rotate(
     family.check(model, done="rotated")
     sites = family.sites(model)
     for site in sites:
-        if plain_type(site.block) not in family.block_types:
+        if type(site.block) not in family.block_types:
             raise VitslimError(f"{site.name} cannot be rotated: it is a {kind_of(site.block)}")
         if why := why_not_cut({"qkv": site.block.attn.qkv, "proj": site.block.attn.proj}):
             raise VitslimError(f"{site.name} cannot be rotated: {why}")

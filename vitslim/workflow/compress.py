@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from ..checkpoint import load, save
@@ -35,6 +34,7 @@ from .options.choices import CompressOptions, PlanOptions
 from .options.settings import Settings
 from .report.page import report
 from .report.text import text_table
+from .run_folder import begin, write_args
 from .runtime.context import StageContext
 from .runtime.journal import Journal, budget_text
 from .runtime.seeds import seed_everything
@@ -122,7 +122,8 @@ def compress(job: CompressJob) -> dict[str, Any]:
             "dense": entry(dense, accuracy, latency["dense"]),
             "slim": [each | {"latency_ms": latency[each["name"]]} for each in slims],
         }
-        _write_args(job, {"budget": [budget_text(slim["budget"]) for slim in slims]})
+        asked = {"budget": [budget_text(slim["budget"]) for slim in slims]}
+        write_args(job.output, {**job.given, **asked})
         atomic_write(job.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         page = report(job.output)
         print(text_table(summary))
@@ -137,21 +138,7 @@ def _claim(job: CompressJob, world: World) -> None:
         if (job.output / room).exists():
             what = "the folder of a whole run" if room == "search" else "the folder of a model"
             raise VitslimError(f"{job.output} is {what}: give another --output.")
-    begun = StageFolder(job.output / "dense", {}).started
-    if begun and not job.resume:
-        raise VitslimError(
-            f"{job.output} holds an earlier run: add --resume to go on with it, "
-            "or give another --output."
-        )
-    world.wait()
-    if world.primary and not begun:
-        _write_args(job)
-
-
-def _write_args(job: CompressJob, more: Mapping[str, Any] | None = None) -> None:
-    """Writes the whole merged recipe, in the form that `-c` reads."""
-    text = yaml.safe_dump({**job.given, **(more or {})}, sort_keys=False)
-    atomic_write(job.output / "args.yaml", text)
+    begin(job.output, job.given, world, job.resume)
 
 
 def _earlier(job: CompressJob) -> dict[str, Any]:

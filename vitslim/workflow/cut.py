@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -30,11 +29,6 @@ from .runtime.journal import Journal
 from .runtime.seeds import seed_everything
 from .runtime.world import World
 from .training.state import StageFolder
-
-
-def default_criterion() -> str:
-    """Returns the criterion that `vitslim.compress` takes by itself."""
-    return str(inspect.signature(prepare).parameters["criterion"].default)
 
 
 def evaluated_like(settings: Settings, world: World) -> dict[str, Any]:
@@ -138,7 +132,7 @@ class Cutting:
         prepared = prepare(
             self.dense.to(self.world.device).eval(),
             images,
-            criterion=self.options.criterion or default_criterion(),
+            criterion=self.options.criterion,
             kinds=self.kinds,
             rotation=self.options.rotate,
             refitted=self.options.refit,
@@ -197,8 +191,7 @@ class Cutting:
         options = dataclasses.asdict(self.options)
         del options["compress"]
         plans = {n: getattr(self.plans, n) for n in ("round_to", "floor", "ranking")}
-        criterion = self.options.criterion or default_criterion()
-        return {"model": self.base, "kinds": self.kinds, **plans, **options, "criterion": criterion}
+        return {"model": self.base, "kinds": self.kinds, **plans, **options}
 
 
 def _images(data: Any) -> Any:

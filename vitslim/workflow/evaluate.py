@@ -39,11 +39,15 @@ def evaluate(model: nn.Module, data: Data, world: World, settings: Settings) -> 
 
 def evaluate_at_rest(model: nn.Module, data: Data, world: World, settings: Settings) -> float:
     """Does what `evaluate` does with a model that is not being trained: packed, on a CPU."""
+    return evaluate(_at_rest(model, world, settings), data, world, settings)
+
+
+def _at_rest(model: nn.Module, world: World, settings: Settings) -> nn.Module:
+    """Returns a model packed where that is faster; one that cannot be packed as it is."""
     if world.device.type == "cpu" and not settings.amp:
-        # One that cannot be packed is evaluated as it is: the result is the same.
         with suppress(VitslimError):
-            model = pack(model)
-    return evaluate(model, data, world, settings)
+            return pack(model)
+    return model
 
 
 def accuracy_by_class(
@@ -51,8 +55,9 @@ def accuracy_by_class(
 ) -> list[float | None]:
     """Returns top-1 accuracy in percent of every class, None where it has no held-out image.
 
-    Arguments are those of `evaluate`.
+    Arguments are those of `evaluate`, the model not being trained.
     """
+    model = _at_rest(model, world, settings)
     right, seen = torch.zeros(2, data.num_classes, dtype=torch.int64)
     for answer, target in _answers(model, data, world, settings):
         hits, all_of_them = target[answer == target].cpu(), target.cpu()

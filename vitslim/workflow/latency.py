@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VitslimError
+from .aligned import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +178,4 @@ def format_table(latency: Mapping[str, Mapping[str, float]]) -> str:
                 f"{latency[names[0]][size] / milliseconds:.2f}x",
             ]
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return aligned(rows)

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from ..checkpoint import load
@@ -37,6 +36,7 @@ from .options.settings import Settings
 from .report.page import report
 from .report.text import text_table
 from .retrain import retrain
+from .run_folder import begin, write_args
 from .runtime.context import StageContext
 from .runtime.journal import Journal
 from .runtime.world import World, open_world
@@ -149,7 +149,7 @@ def run(job: Job) -> dict[str, Any]:
             summary["compressed"] = [
                 each | {"latency_ms": latency[each["folder"]]} for each in compressed
             ]
-        _write_args(job)
+        write_args(job.output, job.given)
         atomic_write(job.output / "summary.json", json.dumps(summary, indent=1) + "\n")
         page = report(job.output)
         print(text_table(summary))
@@ -206,29 +206,12 @@ def _by_class(
 
 
 def _claim(job: Job, world: World) -> None:
-    """Refuses a folder that holds another run, and writes args.yaml.
-
-    What a stage was told is checked when that stage is reached, so budgets can be added.
-    """
+    """Refuses a folder that holds something else, and writes args.yaml."""
     if StageFolder(job.output, {}).started:
         raise VitslimError(
             f"{job.output} is the folder of a search or a retraining: give another --output."
         )
-    # A run that was refused before its first checkpoint has left nothing but its arguments.
-    begun = StageFolder(job.output / "dense", {}).started
-    if begun and not job.resume:
-        raise VitslimError(
-            f"{job.output} holds an earlier run: add --resume to go on with it, "
-            "or give another --output."
-        )
-    world.wait()
-    if world.primary and not begun:
-        _write_args(job)
-
-
-def _write_args(job: Job) -> None:
-    """Writes the whole merged recipe, in the form that `-c` reads."""
-    atomic_write(job.output / "args.yaml", yaml.safe_dump(dict(job.given), sort_keys=False))
+    begin(job.output, job.given, world, job.resume)
 
 
 def _dense(job: Job, world: World) -> tuple[nn.Module, float]:

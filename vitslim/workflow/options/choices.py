@@ -80,7 +80,7 @@ class CompressOptions:
     rotate: bool = option(
         False, "rotate the heads first, so that their first dimensions matter most"
     )
-    criterion: str | None = option(None, "what units are scored by", choices=CRITERIA)
+    criterion: str = option(CRITERIA[0], "what units are scored by", choices=CRITERIA)
     refit: bool = option(True, "refit what is left to what the model computed before the cut")
     compress: bool = option(
         False,

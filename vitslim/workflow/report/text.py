@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..aligned import aligned
 from ..runtime.journal import budget_text
 from . import story
 
@@ -24,11 +25,4 @@ def text_table(summary: Mapping[str, Any]) -> str:
         name = f"{row.name}, {way}" if both and row.name.startswith("slim ") else row.name
         numbers = [row.macs, row.params, row.cut_accuracy, row.accuracy]
         rows.append([name, *numbers, *(cell[0] for cell in row.latency)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return aligned(rows)
