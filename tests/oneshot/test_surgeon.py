@@ -41,6 +41,29 @@ def test_a_twin_costs_nothing_and_the_last_of_them_much():
     assert cheap.max() < 0.02 * dear.min()
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1, 1e8])
+def test_units_of_any_size_and_fewer_rows_than_units(scale):
+    rows = torch.randn(40, 96, dtype=torch.float64) * torch.logspace(-4, 0, 96) * scale
+    rows[:, 7] = 0
+    costs = removal(rows.T @ rows, torch.randn(96, 24, dtype=torch.float64))
+    assert costs.isfinite().all() and costs[7] == costs.min()
+    # No unit is worth more than all that it writes.
+    alone = rows.square().sum(0) * 1000
+    assert (costs <= alone.max()).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_untrained_model_has_finite_scores(seed):
+    torch.manual_seed(seed)
+    model = make(dtype=torch.float32, weight_init="jax")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.trunc_normal_(module.weight, std=0.02)
+    images = torch.randn(40, 3, 32, 32)
+    scores = importance(vitslim.rotate(model, images), images)
+    assert all(each.isfinite().all() for each in scores.mlp + scores.attention)
+
+
 def test_steps_of_several_units_are_near_to_one_at_a_time(monkeypatch):
     rows = torch.randn(400, 96, dtype=torch.float64) * torch.linspace(0.1, 1, 96)
     moments, writes = rows.T @ rows, torch.randn(96, 24, dtype=torch.float64)

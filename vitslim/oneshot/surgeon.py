@@ -56,16 +56,20 @@ def removal(moments: Tensor, writes: Tensor, alone: Tensor | None = None) -> Ten
     """
     count, diagonal = len(moments), moments.diagonal()
     tiny = torch.finfo(moments.dtype).tiny
-    ridge = _RIDGE * diagonal + 1e-6 * diagonal.mean().clamp(min=tiny)
-    inverse = torch.linalg.inv(moments + torch.diag(ridge))
-    writes = writes.clone()
+    # In units of equal size, which costs do not depend on: else what is large in an inverse of
+    # units of any size drowns what is small.
+    size = (diagonal + 1e-6 * diagonal.mean().clamp(min=tiny)).sqrt().unsqueeze(1)
+    even = moments / size / size.T
+    even.diagonal().add_(_RIDGE)
+    inverse, writes = torch.linalg.inv(even), writes * size
+    least = 1 / (1 + _RIDGE)  # of the diagonal of any inverse; less is rounding
     extra = moments.new_zeros(count) if alone is None else alone.flatten().to(moments)
     numbers = torch.arange(count, device=moments.device)  # of the rows that are left
     gone = torch.zeros(count, dtype=torch.bool, device=moments.device)
     costs, highest = moments.new_zeros(count), moments.new_zeros(1)
     step = max(1, count // _STEPS)
     for start in range(0, count, step):
-        now = writes.square().sum(1) / inverse.diagonal().clamp(min=tiny) + extra
+        now = writes.square().sum(1) / inverse.diagonal().clamp(min=least) + extra
         cheapest = now.masked_fill(gone, torch.inf).topk(min(step, count - start), largest=False)
         taken = cheapest.indices
         # Rising by a hair, so that the order of removal is the order of the scores.
